@@ -1,0 +1,149 @@
+"""Settings for flat scripts: module globals with a literal default, overridden from the command line.
+
+    python train_gpt2.py --max_steps=100 --compile=False     # --key=value
+    python train_gpt2.py --max_steps 100 --resume            # --key value; a bare --flag sets a bool
+    python sample.py --ckpt                                  # a bare --key keeps a string's default
+    python train_gpt2.py my_run.py --seed=2                  # a file of `key = literal` lines, in order
+    python train_gpt2.py --help                              # every setting, its default and its comment
+
+A script ends with `configure(globals())` and then calls its main(). Files of settings are parsed,
+never executed. After nanoGPT's configurator.py, which exec()s them.
+"""
+
+import ast
+import difflib
+import os
+import sys
+
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def read_settings(path):
+    """The settings a script declares: {name: (default, comment)}, in the order of the file.
+
+    A setting is a lower-case name or a single letter, such as B, that is assigned a literal bool,
+    int, float or str at the top level.
+    """
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name = node.targets[0].id
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            continue
+        if (name.islower() or len(name) == 1) and type(default) in EXPECTED:
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+            found[name] = (default, rest.lstrip("# "))
+    return found
+
+
+def current_settings(module):
+    """{name: value} of a script's settings as they stand; `module` is its globals()."""
+    return {name: module[name] for name in read_settings(module["__file__"])}
+
+
+def convert(text, default, where):
+    """`text` as the type of `default`; exits with one line that starts with `where` if it is not."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            try:
+                return int(text)  # exact, and takes 19_073
+            except ValueError:
+                number = float(text)  # 1e8
+                if not number.is_integer():
+                    raise
+                return int(number)
+        return kind(text)
+    except (KeyError, ValueError, OverflowError):
+        sys.exit(f"{where}: expected {EXPECTED[kind]}, such as {default}")
+
+
+def check_name(key, settings, where):
+    if key not in settings:
+        close = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+        sys.exit(f"{where}: there is no setting {key!r}; {hint}")
+
+
+def read_file(path, settings):
+    """{key: value} from a file of `key = literal` lines."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            body = ast.parse(f.read()).body
+    except OSError as e:
+        sys.exit(f"{path}: cannot read this settings file ({e.strerror})")
+    except (SyntaxError, ValueError) as e:
+        sys.exit(f"{path} line {getattr(e, 'lineno', '?')}: expected lines of key = literal")
+    given = {}
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        where = f"{path} line {node.lineno}"
+        try:
+            key, value = node.targets[0].id, ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            sys.exit(f"{where}: expected key = literal, such as max_steps = 1000")
+        check_name(key, settings, where)
+        given[key] = convert(str(value), settings[key][0], f"{where}: {key} = {value!r}")
+    return given
+
+
+def parse_command_line(args, settings):
+    """{key: value} for a list of arguments, in the grammar at the top of this file."""
+    given = {}
+    args = list(args)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("--"):
+            if not arg.endswith(".py"):
+                sys.exit(f"{arg}: settings are given as --key=value, files of settings as run.py")
+            given.update(read_file(arg, settings))
+            continue
+        key, equals, text = arg[2:].partition("=")
+        check_name(key, settings, arg)
+        default = settings[key][0]
+        if not equals:
+            follows = args[0] if args and not args[0].startswith("--") else None
+            if type(default) is bool and (follows or "").lower() not in ("true", "false", "1", "0"):
+                text = "true"
+            elif follows is not None:
+                text = args.pop(0)
+            elif type(default) is str and default not in ("", "auto"):
+                text = default
+            else:
+                sys.exit(f"--{key} needs a value: {EXPECTED[type(default)]}, as in --{key}={default}")
+        given[key] = convert(text, default, arg if equals else f"--{key} {text}")
+    return given
+
+
+def print_help(module, settings):
+    print((module["__doc__"] or "").strip())
+    print("\nsettings:")
+    width = max(len(f"{name}={default}") for name, (default, _) in settings.items())
+    for name, (default, comment) in settings.items():
+        print(f"  --{f'{name}={default}':<{width}}  {comment}".rstrip())
+
+
+def configure(module, presets=None):
+    """Set the settings in `module`, a script's globals(), from sys.argv.
+
+    `presets`, if given, maps the settings from the command line to a dict of settings that are
+    applied before them. Returns the settings from the command line, {key: value}. A mistake in
+    them ends the program with one line on stderr and exit status 1; --help prints and exits 0.
+    """
+    settings = read_settings(os.path.abspath(module["__file__"]))
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help(module, settings)
+        sys.exit(0)
+    given = parse_command_line(sys.argv[1:], settings)
+    module.update(presets(given) if presets else {})
+    module.update(given)
+    return given

@@ -1,0 +1,422 @@
+"""GPT-2: the model, its loss, its optimizer groups, its sampling loop, and how its weights are loaded.
+
+Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2
+and GPT-3 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings.
+State-dict names are those of Hugging Face's GPT2LMHeadModel; given the same weights so are the logits.
+
+    model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
+    model, enc = load_model("latest")                                  # newest log/model_*.pt
+    model, enc = load_model("gpt2-xl")                                 # OpenAI's weights
+"""
+
+import codecs
+import glob
+import json
+import math
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from tokenizer import load_tokenizer
+
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, pos=0):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        # (B, T, C) -> (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if cache is not None:  # (2, B, nh, max_len, hs): keys and values of the positions before pos
+            cache[0, :, :, pos : pos + T] = k
+            cache[1, :, :, pos : pos + T] = v
+            k, v = cache[:, :, :, : pos + T]
+            if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
+                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=pos == 0)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, pos=0):
+        x = x + self.attn(self.ln_1(x), cache, pos)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            sys.exit(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        self.config = config
+        # A vocabulary of a multiple of 64 rows keeps the largest matmul on the tensor cores' fast path.
+        # The extra rows never reach a softmax: forward cuts the logits to vocab_size.
+        rows = -(-config.vocab_size // 64) * 64
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(rows, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied, https://arxiv.org/abs/1608.05859
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            # Two residual additions a layer: scale them so that the stream's variance does not grow
+            # with depth (GPT-2 paper, section 2.3). apply() has been to a module's children by now.
+            for proj in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(proj.weight, std=0.02 * (2 * self.config.n_layer) ** -0.5)
+
+    def hidden(self, idx, cache=None, pos=0):
+        """The final hidden states (B, T, C) of token ids idx (B, T) that start at position pos."""
+        T = idx.size(1)
+        assert pos + T <= self.config.block_size, f"{pos + T} tokens, context of {self.config.block_size}"
+        positions = torch.arange(pos, pos + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache[i], pos)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """Hidden states (..., C) to logits (..., vocab_size)."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, vocab_size) of token ids idx (B, T); with targets (B, T) the loss instead.
+
+        The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32).
+        """
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_params(self):
+        """Number of parameters, without the rows that only pad the vocabulary."""
+        padding = self.transformer.wte.num_embeddings - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    def flops_per_token(self, T):
+        """Training FLOPs a token at context T, forward and backward: 6N + 12 n_layer n_embd T.
+
+        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves
+        out the position embeddings, which are looked up, and keeps wte, which is the output layer.
+        """
+        N = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95)):
+        """AdamW as in the GPT-3 paper, with weight decay on the matrices and embeddings only."""
+        params = list(self.parameters())
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},  # biases and LayerNorms
+        ]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):
+        """Yield the next token ids, a (B * num_samples,) tensor each time, max_new_tokens times.
+
+        idx (B, T) holds B prompts of one length, of which the last block_size tokens count; each is
+        read once and continued num_samples times. Ids from vocab_size on are never drawn; `sampling`
+        are the settings of sample_token. When the context is full, its newer half is read again as
+        the new context, so that the cost of a token stays what it was.
+        """
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        cache, pos = None, 0  # pos: positions read so far
+        for _ in range(max_new_tokens):
+            if 0 < pos < block_size:
+                x = self.hidden(idx[:, -1:], cache, pos)
+                pos += 1
+            else:
+                if pos == block_size:
+                    idx = idx[:, -(block_size // 2 + 1) :]
+                cache = self.new_cache(len(idx), min(block_size, idx.size(1) + max_new_tokens))
+                x = self.hidden(idx, cache)[:, -1:]
+                pos = idx.size(1)
+                if num_samples > 1:  # the prompts have been read: from here on each sample is a row
+                    cache = cache.repeat_interleave(num_samples, dim=2)
+                    x, idx = (t.repeat_interleave(num_samples, dim=0) for t in (x, idx))
+                    num_samples = 1
+            token = sample_token(self.logits(x[:, -1])[:, :vocab_size].float(), **sampling)  # (B,)
+            yield token
+            idx = torch.cat((idx, token[:, None]), dim=1)
+
+    def new_cache(self, B, length):
+        """Room for the keys and values of B sequences of `length` tokens, for hidden(cache=...)."""
+        c, w = self.config, self.lm_head.weight
+        device = w.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+        shape = (c.n_layer, 2, B, c.n_head, length, c.n_embd // c.n_head)
+        return torch.empty(shape, dtype=dtype, device=w.device)
+
+    @classmethod
+    def from_state_dict(cls, config, state, source):
+        """A GPT around the tensors of a state dict, which it keeps; exits if they do not fit config."""
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as e:
+            first = str(e).splitlines()[1].strip()
+            sys.exit(f"{source}: its weights are not those of a GPT-2 with {config}: {first}")
+        model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """A GPT with the weights of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder.
+
+        Reads safetensors or .bin files, whole or sharded, of a GPT2LMHeadModel or a GPT2Model.
+        """
+        folder = download_openai(source) if source in OPENAI_MODELS else source
+        try:
+            with open(os.path.join(folder, "config.json")) as f:
+                hf = json.load(f)
+        except (OSError, ValueError) as e:
+            sys.exit(f"{source}: not a Hugging Face model folder, its config.json cannot be read ({e})")
+        config = config_from_hf(hf, source)
+        tensors = read_hf_tensors(folder)
+        if "wte.weight" in tensors:  # a GPT2Model, without the language-model head
+            tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        wte = tensors["transformer.wte.weight"]
+        if not torch.equal(tensors.pop("lm_head.weight", wte), wte):
+            sys.exit(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
+        state = {}
+        for name, tensor in tensors.items():
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the causal mask, which old transformers versions saved
+            if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+                tensor = tensor.t().contiguous()  # OpenAI's Conv1D holds (in, out)
+            state[name] = tensor.float()
+        padding = -len(wte) % 64
+        state["transformer.wte.weight"] = F.pad(state["transformer.wte.weight"], (0, 0, 0, padding))
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        return cls.from_state_dict(config, state, source)
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one token id a row: logits (B, V) -> (B,).
+
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is
+    nucleus sampling (https://arxiv.org/abs/1904.09751): the fewest tokens whose
+    probabilities reach top_p, at least one.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the tokens before it reach top_p already
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
+    """Continue a prompt; yield, token after token, the new text of each sample: num_samples strings.
+
+    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are
+    empty, and at max_new_tokens. sampling: the settings of sample_token.
+    """
+    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    # A character can span tokens: the decoder holds back the bytes of an unfinished one.
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
+    ended = [False] * num_samples
+    for tokens in model.generate(idx, max_new_tokens, num_samples, vocab_size=enc.n_vocab, **sampling):
+        pieces = [""] * num_samples
+        for i, token in enumerate(tokens.tolist()):
+            ended[i] = ended[i] or token == enc.eot_token
+            if not ended[i]:
+                pieces[i] = decoders[i].decode(enc.decode_single_token_bytes(token))
+        yield pieces
+        if all(ended):
+            break
+    yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+# -- where a model comes from ----------------------------------------------------
+
+
+def load_model(ckpt="latest", device="cpu", log_dir="log"):
+    """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
+
+    ckpt: "latest" (the newest log_dir/model_*.pt), a .pt path, an OpenAI name ("gpt2" ... "gpt2-xl"),
+    or a local Hugging Face folder. Exits with one line if it cannot be had.
+    """
+    if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
+        model = GPT.from_pretrained(ckpt)
+        names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
+        if model.config.vocab_size not in names:
+            sys.exit(f"{ckpt}: {model.config.vocab_size} tokens are neither gpt2's vocabulary nor bytes'")
+        enc = load_tokenizer(names[model.config.vocab_size])
+    else:
+        path = find_checkpoint(ckpt, log_dir)
+        state = load_checkpoint(path)
+        try:
+            config, weights, tokenizer = GPTConfig(**state["config"]), state["model"], state["tokenizer"]
+        except (KeyError, TypeError) as e:
+            sys.exit(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
+        model, enc = GPT.from_state_dict(config, weights, path), load_tokenizer(tokenizer)
+    return model.to(device).eval(), enc
+
+
+def find_checkpoint(ckpt, log_dir):
+    """The path of a .pt checkpoint; exits if there is none."""
+    if ckpt != "latest":
+        if not os.path.isfile(ckpt):
+            choices = f"latest, {', '.join(OPENAI_MODELS)}, a .pt file or a Hugging Face folder"
+            sys.exit(f"{ckpt}: no such checkpoint; use {choices}")
+        return ckpt
+    found = glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))
+    if not found:
+        sys.exit(f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= names another")
+    return max(found, key=os.path.getmtime)
+
+
+def load_checkpoint(path, mmap=False):
+    """The dict in a .pt file, on the CPU. Plain tensors and values only: a file with code is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
+        sys.exit(f"{path}: not a whole checkpoint file ({str(e).splitlines()[0]})")
+
+
+def download_openai(name):
+    """The local folder of OpenAI's weights, from the Hugging Face cache or, once, its hub."""
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "model.safetensors"]
+    try:
+        return snapshot_download(f"openai-community/{name}", allow_patterns=files)
+    except (OSError, ValueError) as e:
+        sys.exit(
+            f"cannot get {' and '.join(files)} of openai-community/{name} from the Hugging Face cache or "
+            f"hub ({type(e).__name__}): go online once, or give --ckpt= a folder that holds them"
+        )
+
+
+def config_from_hf(hf, source):
+    """The GPTConfig of a Hugging Face config.json; exits for what is not GPT-2 as released."""
+    released = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, value in released.items():
+        if hf.get(key, value) != value:
+            sys.exit(f"{source}: its config.json says {key}={hf[key]}; GPT-2 as released has {value}")
+    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+        sys.exit(f"{source}: its config.json says n_inner={hf['n_inner']}; GPT-2 as released has 4 * n_embd")
+    return GPTConfig(hf["n_positions"], hf["vocab_size"], hf["n_layer"], hf["n_head"], hf["n_embd"])
+
+
+def read_hf_tensors(folder):
+    """{name: tensor} of all weights in a Hugging Face folder, safetensors before .bin."""
+    from safetensors.torch import load_file
+
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        path = os.path.join(folder, stem)
+        paths = [path]
+        if os.path.exists(path + ".index.json"):
+            with open(path + ".index.json") as f:
+                names = sorted(set(json.load(f)["weight_map"].values()))
+            paths = [os.path.join(folder, name) for name in names]
+        if os.path.exists(paths[0]):
+            tensors = {}
+            for path in paths:
+                tensors.update(load_file(path) if path.endswith(".safetensors") else load_checkpoint(path))
+            return tensors
+    sys.exit(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, whole or sharded")
+
+
+# -- what it runs on -------------------------------------------------------------
+
+
+def pick_device(device):
+    """A torch device name; "auto" is cuda, then mps, then cpu. Exits if there is no such device."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"--device={device}: not on this machine ({str(e).splitlines()[0]}); use --device=auto")
+    return device
+
+
+def pick_dtype(dtype, device):
+    """A torch.dtype from "float32", "bfloat16", "float16" or "auto".
+
+    "auto" is bfloat16 where the hardware multiplies it natively (Ampere and newer, CPUs with
+    AVX512-BF16 or AMX), else float16 on CUDA, else float32.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        else:
+            cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+            dtype = "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
+    if dtype not in names:
+        sys.exit(f"--dtype={dtype}: choose auto, {', '.join(names)}")
+    return names[dtype]

@@ -1,0 +1,85 @@
+"""Text from a model.
+
+    python sample.py                                              # the newest checkpoint in log/
+    python sample.py --ckpt=gpt2-xl --prompt="The meaning of life is" --num_samples=3
+    python sample.py --prompt=FILE:story.txt --temperature=0      # a prompt from a file, greedy
+    python sample.py --interactive=True                           # type prompts; an empty line ends
+
+Text streams to the terminal as it is made. All samples are made at once, as rows of one batch: the
+first one streams, the others follow when it is done.
+"""
+
+import os
+import sys
+
+import torch
+
+from configurator import configure
+from model import load_model, pick_device, pick_dtype, stream_text
+
+# -- settings: override any with --key=value --------------------------------------
+ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+log_dir = "log"  # where latest is looked for
+prompt = "\n"  # how the text starts; FILE:path reads it from a file; empty: a new document, <|endoftext|>
+num_samples = 1
+max_new_tokens = 300  # a sample ends there or at <|endoftext|>
+temperature = 0.8  # 1: as the model says; lower: more predictable; 0: always the likeliest token
+top_k = 200  # choose among the top_k likeliest tokens; 0: all
+top_p = 1.0  # choose among the likeliest tokens that make up this probability; 1: all
+seed = 1337  # the same seed gives the same text
+out = ""  # also write the samples to this file
+interactive = False  # ask for one prompt after the other
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
+
+RULE = "-" * 80  # between samples
+
+
+def main():
+    if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        sys.exit(
+            "expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+        )
+    start = prompt
+    if prompt.startswith("FILE:"):
+        try:
+            with open(prompt[5:], encoding="utf-8") as f:
+                start = f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            sys.exit(f"--prompt={prompt}: cannot read this file ({e})")
+    try:
+        open(out or os.devnull, "w").close()  # empty it now: each prompt adds to it
+    except OSError as e:
+        sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
+    where = pick_device(device)
+    model, enc = load_model(ckpt, where, log_dir)
+    model.to(pick_dtype(dtype, where))
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling["generator"] = torch.Generator(where).manual_seed(seed)
+
+    def sample(start):
+        print(start, end="", flush=True)
+        texts = [start] * num_samples
+        for pieces in stream_text(model, enc, start, max_new_tokens, num_samples, **sampling):
+            print(pieces[0], end="", flush=True)
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        print("".join(f"\n{RULE}\n{text}" for text in texts[1:]))
+        if out:
+            with open(out, "a", encoding="utf-8") as f:
+                f.write("".join(f"{text}\n{RULE}\n" for text in texts))
+
+    if not interactive:
+        sample(start)
+    while interactive:
+        try:
+            start = input("prompt> ")
+        except EOFError:
+            break
+        if not start:
+            break
+        sample(start)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

@@ -1,0 +1,265 @@
+"""Token shards: the format that fineweb.py writes and train_gpt2.py reads, and the order of the data.
+
+A folder of 1-D .npy arrays, <prefix>_val_000000.npy, <prefix>_train_000001.npy, ..., uint16 (uint32 when
+the vocabulary needs it), 100M tokens each by default. Every document starts with <|endoftext|> and runs
+on into the next shard where one ends. meta.json says what is in them: dataset, subset, seed, tokenizer,
+vocab_size, dtype, `complete`, and for each shard its file, split, tokens, documents (those that start
+in it) and UTF-8 bytes. A folder without meta.json, as build-nanogpt writes it, holds GPT-2 tokens.
+
+The order: sequence n of a run is a pure function of (shards, T, seed, n), never of the number of
+processes or of restarts. Sequences are windows of T tokens (and one more, the last target). An epoch
+holds each window once: shards one after the other, shuffled from the second epoch on, and the windows
+of a shard shuffled within it. From the second epoch on the windows start at another offset.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import time
+
+import numpy as np
+
+from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
+
+# -- writing ----------------------------------------------------------------------
+
+
+def token_dtype(enc):
+    return np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
+
+    The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two
+    shards gives its last tenth to validation instead. Files are renamed into place when whole.
+    """
+
+    def __init__(self, out_dir, prefix, enc, shard_size, about):
+        self.out_dir, self.prefix, self.enc, self.shard_size = out_dir, prefix, enc, shard_size
+        self.byte_lengths = np.array(token_byte_lengths(enc))
+        self.buffer = np.empty(2 * shard_size, token_dtype(enc))
+        self.held = 0  # tokens in the buffer
+        state = tokenizer_state(enc)
+        self.meta = {
+            **about,
+            "tokenizer": state if isinstance(state, str) else "tokenizer.json",
+            "vocab_size": enc.n_vocab,
+            "dtype": self.buffer.dtype.name,
+            "complete": False,
+            "shards": [],
+        }
+        os.makedirs(out_dir, exist_ok=True)
+        if not isinstance(state, str):
+            self._write("tokenizer.json", lambda f: f.write(json.dumps(state).encode()))
+
+    def add(self, tokens):
+        while len(tokens):
+            new = tokens[: len(self.buffer) - self.held]
+            self.buffer[self.held : self.held + len(new)] = new
+            self.held += len(new)
+            tokens = tokens[len(new) :]
+            if self.held == len(self.buffer):
+                self._flush(self.buffer)
+
+    def close(self):
+        """Write what is left; returns the dict of meta.json. Exits if there never was a token."""
+        rest = self.buffer[: self.held]
+        if not self.meta["shards"]:
+            if not self.held:
+                sys.exit("the dataset is empty: it has no document with text")
+            # The last tenth, from the start of a document if one is near, is for validation.
+            cut = self.held * 9 // 10
+            starts = np.flatnonzero(rest == self.enc.eot_token)
+            nearest = starts[np.abs(starts - cut).argmin()]
+            if 20 * abs(nearest - cut) <= self.held:
+                cut = int(nearest)
+            self._write_shard(rest[cut:])
+            rest = rest[:cut]
+        self._flush(rest)
+        self.meta["complete"] = True
+        self._write_meta()
+        return self.meta
+
+    def _flush(self, tokens):
+        for start in range(0, len(tokens), self.shard_size):
+            self._write_shard(tokens[start : start + self.shard_size])
+        self.held = 0
+
+    def _write_shard(self, tokens):
+        i = len(self.meta["shards"])
+        split = "train" if i else "val"
+        name = f"{self.prefix}_{split}_{i:06d}.npy"
+        self._write(name, lambda f: np.save(f, tokens))
+        self.meta["shards"].append(
+            {
+                "file": name,
+                "split": split,
+                "tokens": len(tokens),
+                "documents": int((tokens == self.enc.eot_token).sum()),
+                "bytes": int(self.byte_lengths[tokens].sum()),
+            }
+        )
+        self._write_meta()
+
+    def _write_meta(self):
+        self._write("meta.json", lambda f: f.write(json.dumps(self.meta, indent=1).encode()))
+
+    def _write(self, name, write):
+        path = os.path.join(self.out_dir, name)
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+
+
+# -- reading ----------------------------------------------------------------------
+
+
+def has_shards(data_dir):
+    return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
+
+
+@functools.lru_cache(maxsize=2)  # no more than two are mapped at a time, however many there are
+def open_shard(path):
+    """A shard, memory-mapped: a 1-D array of uint16 or uint32. Exits if it is not one."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        sys.exit(f"{path}: corrupt or missing shard ({e}); make it again with python fineweb.py")
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        sys.exit(f"{path}: expected a 1-D array of uint16 or uint32, found {tokens.ndim}-D {tokens.dtype}")
+    return tokens
+
+
+class Shards:
+    """The shards of one folder.
+
+    enc is their tokenizer; train and val are lists of (path, number of tokens); complete is False
+    while fineweb.py is still writing. Exits if the folder holds none or one is damaged.
+    """
+
+    def __init__(self, data_dir):
+        self.data_dir = data_dir
+        if not has_shards(data_dir):
+            sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={data_dir}")
+        meta = self.refresh()
+        name = meta["tokenizer"]
+        self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)
+
+    def refresh(self):
+        """Read the folder again; returns the dict of meta.json."""
+        meta = {"tokenizer": "gpt2", "complete": True, "shards": []}
+        path = os.path.join(self.data_dir, "meta.json")
+        if os.path.exists(path):
+            try:
+                with open(path) as f:
+                    meta = json.load(f)
+            except (OSError, ValueError) as e:
+                sys.exit(f"{path}: cannot be read ({e}); make the shards again with python fineweb.py")
+        else:
+            for name in sorted(os.listdir(self.data_dir)):
+                split = re.search(r"(train|val)\D*\d*\.npy$", name)
+                if split:
+                    meta["shards"].append({"file": name, "split": split[1]})
+        self.complete = meta["complete"]
+        self.train, self.val = [], []
+        for shard in meta["shards"]:
+            path = os.path.join(self.data_dir, shard["file"])
+            size = len(open_shard(path))
+            if size != shard.get("tokens", size):
+                sys.exit(f"{path}: holds {size} tokens, meta.json says {shard['tokens']}; make it again")
+            (self.train if shard["split"] == "train" else self.val).append((path, size))
+        return meta
+
+    def read(self, path, start, count):
+        """`count` tokens of a shard from `start` on, int64. Exits if one is outside the vocabulary."""
+        tokens = open_shard(path)[start : start + count].astype(np.int64)
+        if tokens.max(initial=0) >= self.enc.n_vocab:
+            sys.exit(
+                f"{path}: token {tokens.max()} at {start + tokens.argmax()} is outside the vocabulary of "
+                f"{self.enc.name} ({self.enc.n_vocab} tokens); the shard is corrupt or another tokenizer's"
+            )
+        return tokens
+
+
+def permutation(n, *key):
+    """A random order of range(n), the same on every machine: sorts n raw draws of a PCG64(key)."""
+    return np.random.PCG64(key).random_raw(n).argsort(kind="stable")
+
+
+class TrainOrder:
+    """Which T tokens sequence n of a run is, and the sequences themselves. See the top of this file."""
+
+    def __init__(self, shards, T, seed, say=print, poll_seconds=5):
+        self.shards, self.T, self.seed, self.say, self.poll_seconds = shards, T, seed, say, poll_seconds
+        self._windows = functools.lru_cache(maxsize=2)(self._shuffle_windows)
+        self._count()
+        if not self.per_epoch and shards.complete:
+            sys.exit(f"{shards.data_dir}: no training shard has the {T + 1} tokens that --T={T} needs")
+
+    def _count(self):
+        self.counts = np.array([max(0, size - 1) // self.T for _, size in self.shards.train], dtype=np.int64)
+        self.per_epoch = int(self.counts.sum())
+        self._shard_ends = functools.lru_cache(maxsize=2)(self._shuffle_shards)
+
+    def _shuffle_windows(self, epoch, shard):
+        """The starts of a shard's windows in the order of an epoch."""
+        offset = int(np.random.PCG64([self.seed, epoch, shard, 1]).random_raw() % self.T) if epoch else 0
+        starts = offset + self.T * permutation(self.counts[shard], self.seed, epoch, shard, 2)
+        # The offset pushes the last window over the end: let it hold the tokens before the offset.
+        starts[starts + self.T + 1 > self.shards.train[shard][1]] = 0
+        return starts
+
+    def _shuffle_shards(self, epoch):
+        """(the shards in the order of an epoch, the number of windows up to the end of each)."""
+        order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
+        return order, self.counts[order].cumsum()
+
+    def locate(self, n):
+        """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard.
+
+        While fineweb.py is still writing, waits for the shard that holds it.
+        """
+        if not self.shards.complete and n >= self.per_epoch:
+            self.say(f"waiting for fineweb.py to write training shard {len(self.counts) + 1}")
+            while not self.shards.complete and n >= self.per_epoch:
+                time.sleep(self.poll_seconds)
+                self.shards.refresh()
+                self._count()
+        epoch, rank = divmod(n, self.per_epoch)
+        order, ends = self._shard_ends(epoch)
+        place = int(np.searchsorted(ends, rank, side="right"))
+        shard = int(order[place])
+        return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
+
+    def batch(self, first, B):
+        """Sequences first .. first + B - 1 as (x, y), int64 arrays of shape (B, T); y is x one later."""
+        rows = []
+        for n in range(first, first + B):
+            _, shard, start = self.locate(n)
+            rows.append(self.shards.read(self.shards.train[shard][0], start, self.T + 1))
+        rows = np.stack(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+
+def val_batches(shards, B, T, max_tokens, rank=0, world_size=1):
+    """Yield (x, y) of shape (B, T) that cover the first max_tokens validation tokens, each once.
+
+    y is -1 where there is nothing to predict: behind the end of a shard, and in the rows that fill
+    up the last batch. Of the batches, every world_size-th from the rank-th on.
+    """
+    rows = []
+    for path, size in shards.val:
+        size = min(size, max_tokens)
+        max_tokens -= size
+        rows += [(path, start, min(T + 1, size - start)) for start in range(0, size - 1, T)]
+    for i in range(rank * B, len(rows), world_size * B):
+        x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
+        for row, (path, start, count) in enumerate(rows[i : i + B]):
+            tokens = shards.read(path, start, count)
+            x[row, : count - 1], y[row, : count - 1] = tokens[:-1], tokens[1:]
+        yield x, y

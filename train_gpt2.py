@@ -1,0 +1,497 @@
+"""Train a GPT-2 on token shards, on one device or many.
+
+    python train_gpt2.py                                  # no shards yet: a demo of a minute on a laptop
+    python train_gpt2.py --data_dir=my_shards --B=16      # one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --max_steps=57219
+    python train_gpt2.py --resume                         # go on where log/ stopped
+    python train_gpt2.py --init_from=gpt2 --max_lr=3e-5   # fine-tune OpenAI's weights
+    python train_gpt2.py --eval_only=True --ckpt=gpt2     # validation loss of any model
+
+The defaults are the run of build-nanogpt: GPT-2 124M, 0.5M tokens a step, GPT-3's schedule. Writes to
+log/: log.txt ("<step> <kind> <value>" lines), metrics.jsonl (everything else), model_<step>.pt (the
+model) and resume.pt (what only training needs). Which tokens are in a step is the same for any number
+of processes and any B: see shards.py. Step s is logged before its update, so model_00250.pt has had
+250 updates and `250 val` is its loss.
+"""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import random
+import signal
+import sys
+import sysconfig
+import time
+
+import numpy as np
+import requests
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import configure, current_settings
+from fineweb import TINYSHAKESPEARE, download, read_text, write_shards
+from model import GPT, GPTConfig, load_checkpoint, load_model, pick_device, pick_dtype, stream_text
+from shards import Shards, TrainOrder, has_shards, val_batches
+from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
+
+# -- settings: override any with --key=value --------------------------------------
+preset = "auto"  # tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl; auto: gpt2 if data_dir has shards, else tiny
+data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py
+log_dir = "log"  # where logs and checkpoints go
+resume = False  # go on with the run in log_dir, if there is one, with its settings
+init_from = ""  # start from these weights: latest, a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+eval_only = False  # print the validation loss of ckpt and stop
+ckpt = "latest"  # the model to evaluate, in the forms of init_from
+seed = 1337  # of the weights and the order of the data
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+# batch
+B = 64  # micro-batch: sequences a device holds at a time; changes memory and speed, not the result
+T = 1024  # context: tokens a sequence
+total_batch_size = 524_288  # tokens a step, over all devices and micro-batches
+# optimizer: AdamW, linear warmup, then a cosine from max_lr to min_lr
+max_steps = 19_073  # 1 epoch of 10B tokens at 0.5M tokens a step
+warmup_steps = 715  # GPT-3's 375M tokens
+max_lr = 6e-4  # GPT-3 124M's
+min_lr = 6e-5  # a tenth of it
+weight_decay = 0.1  # on matrices and embeddings
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+# every so many steps; 0: never
+eval_every = 250  # validation loss
+val_tokens = 10_485_760  # tokens it is measured on: the first of the validation shards, or all if fewer
+sample_every = 250  # text from the model
+sample_prompt = "Hello, I'm a language model,"  # how it starts; empty: <|endoftext|>
+sample_tokens = 48  # how long it is
+save_every = 5000  # checkpoints
+exposure_every = 0  # log/exposure.jsonl: which tokens the model has seen
+# machine
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
+compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
+
+# Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
+PRESETS = {
+    "tiny": dict(
+        n_layer=4, n_head=4, n_embd=128, B=8, T=256, total_batch_size=2048,
+        max_steps=1000, warmup_steps=50, max_lr=2e-3, min_lr=2e-4,
+        eval_every=250, sample_every=250, sample_prompt="\n", sample_tokens=160, save_every=500,
+    ),
+    "gpt2": {},
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, B=16, max_lr=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, B=8, max_lr=2e-4, min_lr=2e-5),
+}  # fmt: skip
+
+# Dense bfloat16 FLOP/s of a device, from NVIDIA's data sheets, for MFU; the first name that fits counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+DEMO_DIR = "demo_data"
+
+
+def default_settings(given):
+    """The settings below the command line's: those of the run to resume, or of the preset."""
+    resume_path = os.path.join(given.get("log_dir", log_dir), "resume.pt")
+    if given.get("resume") and os.path.exists(resume_path):
+        saved = load_checkpoint(resume_path, mmap=True)["settings"]
+        return {key: value for key, value in saved.items() if key not in ("log_dir", "resume")}
+    name = given.get("preset", "auto")
+    if name not in ("auto", *PRESETS):
+        sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
+    found = has_shards(given.get("data_dir", data_dir))
+    if name == "auto":
+        name = "gpt2" if found or "data_dir" in given or given.get("eval_only") else "tiny"
+    settings = PRESETS[name] | {"preset": name}
+    if name == "tiny" and not found and "data_dir" not in given:
+        settings["data_dir"] = DEMO_DIR
+    return settings
+
+
+# -- the demo's data ---------------------------------------------------------------
+
+
+def make_demo_data():
+    """Shards of bytes in DEMO_DIR, from whatever text there is: see demo_texts."""
+    texts, source = demo_texts()
+    print(f"no shards in edu_fineweb10B/ (python fineweb.py makes them): a demo on {source}")
+    write_shards(texts, load_tokenizer("bytes"), DEMO_DIR, "demo", dataset=source, subset=None, seed=None)
+
+
+def demo_texts():
+    """(documents, what they are): input.txt, or tiny Shakespeare, or Python's own source text."""
+    if os.path.exists("input.txt"):
+        return read_text("input.txt"), "input.txt"
+    try:
+        download(TINYSHAKESPEARE, "input.txt", timeout=5)
+        return read_text("input.txt"), "tiny Shakespeare, downloaded to input.txt"
+    except requests.RequestException:
+        pass
+    texts, size = [], 0
+    paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        if size < 2_000_000:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                texts.append(f.read())
+            size += len(texts[-1])
+    return texts, "the source of Python's standard library (offline, and no input.txt here)"
+
+
+# -- parts of a step ----------------------------------------------------------------
+
+
+def get_lr(step):
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    ratio = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
+    """Validation loss over the first max_tokens validation tokens, the batches divided among ranks.
+
+    Returns {"loss", "perplexity", "bpb", "tokens"}: nats a token, its exp, bits a UTF-8 byte of the
+    text, and how many tokens were predicted.
+    """
+    device = next(model.parameters()).device
+    byte_lengths = np.array(token_byte_lengths(shards.enc))
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    batches = val_batches(shards, B, T, max_tokens, rank, world_size)
+    for x, y in tqdm(batches, desc="validation", leave=False, disable=rank != 0):
+        tokens = y[y >= 0]
+        with autocast:
+            loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+        sums += torch.tensor([loss.item() * len(tokens), len(tokens), byte_lengths[tokens].sum()])
+    if world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    nats, tokens, size = sums.tolist()
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bpb": nats / math.log(2) / size,
+        "tokens": int(tokens),
+    }
+
+
+def exposure(order, first, last):
+    """Yield, for sequences first .. last - 1, {"epoch", "shard", "tokens"}: what the model has read.
+
+    tokens are [start, end) ranges of the shard's inputs, in order, neighbours joined.
+    """
+    starts = {}
+    for n in range(first, last):
+        epoch, shard, start = order.locate(n)
+        starts.setdefault((epoch, shard), []).append(start)
+    for (epoch, shard), found in starts.items():
+        ranges = []
+        for start in sorted(found):
+            if ranges and ranges[-1][1] == start:
+                ranges[-1][1] += order.T
+            else:
+                ranges.append([start, start + order.T])
+        yield {"epoch": epoch, "shard": os.path.basename(order.shards.train[shard][0]), "tokens": ranges}
+
+
+# -- the log folder -----------------------------------------------------------------
+
+
+def open_log(log_dir, step, evaluated):
+    """The three log files, open for appending, by name, without what a resumed run writes again.
+
+    A run that starts afresh (step None) moves the files of an earlier one to log_dir/old_<n>.
+    """
+    os.makedirs(log_dir, exist_ok=True)
+    names = ("log.txt", "metrics.jsonl", "exposure.jsonl")
+    if step is None:
+        old = [
+            name for name in os.listdir(log_dir) if name in (*names, "resume.pt") or name.startswith("model_")
+        ]
+        if old:
+            n = 1 + sum(name.startswith("old_") for name in os.listdir(log_dir))
+            os.makedirs(os.path.join(log_dir, f"old_{n}"))
+            for name in old:
+                os.rename(os.path.join(log_dir, name), os.path.join(log_dir, f"old_{n}", name))
+            print(
+                f"{log_dir}/ held an earlier run: moved to {log_dir}/old_{n}/ (--resume would go on with it)"
+            )
+    for name in names if step is not None else ():
+        path = os.path.join(log_dir, name)
+        if os.path.exists(path):
+            with open(path) as f:
+                lines = f.readlines()
+            with open(path + ".tmp", "w") as f:
+                f.writelines(line for line in lines if comes_before(line, step, evaluated))
+            os.replace(path + ".tmp", path)
+    return {name: open(os.path.join(log_dir, name), "a", buffering=1) for name in names}
+
+
+def comes_before(line, step, evaluated):
+    """Whether a line of a log was written before the state that resume.pt holds."""
+    if line.startswith("{"):
+        record = json.loads(line)
+        at, kind = record["step"], record.get("kind")
+    else:
+        at, kind, _ = line.split()
+    return int(at) < step or (int(at) == step == evaluated and kind != "train")
+
+
+def save(obj, path):
+    """torch.save to a temporary name, then rename: the file at path is always a whole one."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def indivisible_batch(world_size):
+    """The message for a total_batch_size that B x T x world_size does not divide."""
+    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
+    unit = B * T * world_size
+    hint = (
+        f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
+    )
+    shape = f"B x T x processes = {B} x {T} x {world_size}"
+    return f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}"
+
+
+def use_compile(device_type):
+    choices = {"auto": device_type == "cuda", "true": True, "1": True, "false": False, "0": False}
+    if compile.lower() not in choices:
+        sys.exit(f"--compile={compile}: choose auto, true or false")
+    return choices[compile.lower()]
+
+
+def check_tokenizer(name, enc, shards):
+    if tokenizer_state(enc) != tokenizer_state(shards.enc):
+        sys.exit(
+            f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
+            f"{shards.enc.name} ({shards.enc.n_vocab}): make shards with --tokenizer={enc.name}"
+        )
+
+
+# -- the run ------------------------------------------------------------------------
+
+
+def main():
+    # Processes and device. torchrun starts one process a device and sets these; alone, it is rank 0 of 1.
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    master = rank == 0
+    say = print if master else lambda *args, **kwargs: None
+    where = pick_device(device)
+    device_type = where.split(":")[0]
+    if world_size > 1:
+        if device_type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                sys.exit(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()}")
+            where = f"cuda:{local_rank}"
+            torch.cuda.set_device(where)
+        else:  # torchrun allows each process one thread: share the cores instead
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    precision = pick_dtype(dtype, where)
+    torch.set_float32_matmul_precision("high")
+    autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
+
+    def to_device(array):
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(where, non_blocking=True) if device_type == "cuda" else tensor.to(where)
+
+    # Data
+    if data_dir == DEMO_DIR:
+        if master and not (resume and has_shards(DEMO_DIR)):
+            make_demo_data()
+        if world_size > 1:
+            dist.barrier()
+    shards = Shards(data_dir)
+    if eval_only:
+        model, enc = load_model(ckpt, where, log_dir)
+        check_tokenizer(ckpt, enc, shards)
+        context = min(T, model.config.block_size)
+        result = evaluate(model, shards, B, context, val_tokens, autocast, rank, world_size)
+        say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
+        return
+    if total_batch_size % (B * T * world_size):
+        sys.exit(indivisible_batch(world_size))
+    order = TrainOrder(shards, T, seed, say)
+    sequences = total_batch_size // T  # in a step
+    grad_accum_steps = sequences // (B * world_size)
+
+    # Model and optimizer: of the run to resume, around given weights, or fresh
+    torch.manual_seed(seed)
+    saved = None
+    resume_path = os.path.join(log_dir, "resume.pt")
+    if resume and os.path.exists(resume_path):
+        saved = load_checkpoint(resume_path)
+        source = os.path.join(log_dir, f"model_{saved['step']:05d}.pt")
+    else:
+        source = init_from
+    if source:
+        raw_model, enc = load_model(source, where, log_dir)
+        check_tokenizer(source, enc, shards)
+        if raw_model.config.block_size < T:
+            sys.exit(f"--T={T} is more than {source}'s context: use --T={raw_model.config.block_size}")
+    else:
+        enc = shards.enc
+        raw_model = GPT(GPTConfig(T, enc.n_vocab, n_layer, n_head, n_embd)).to(where)
+    raw_model.train()
+    optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2))
+    scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
+    start_step, evaluated, val_loss = 0, None, None
+    if saved:
+        start_step, evaluated, val_loss = saved["step"], saved["evaluated"], saved["val_loss"]
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+    model = torch.compile(raw_model) if use_compile(device_type) else raw_model
+    train_model = model
+    if world_size > 1:
+        train_model = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None)
+
+    name = torch.cuda.get_device_name() if device_type == "cuda" else device_type
+    flops_per_token = raw_model.flops_per_token(T)
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if model is not raw_model else 'off'}")
+    say(f"{raw_model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {enc.name}")
+    say(
+        f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device), "
+        f"{order.per_epoch / sequences:,.1f} steps an epoch of {data_dir}"
+    )
+
+    log_files = open_log(log_dir, start_step if saved else None, evaluated) if master else {}
+    settings = current_settings(globals())
+    saved_step = start_step if saved else None
+
+    def log(step, kind, value, **more):
+        if master:
+            digits = 6 if kind == "train" else 4
+            log_files["log.txt"].write(f"{step} {kind} {value:.{digits}f}\n")
+            log_files["metrics.jsonl"].write(json.dumps({"step": step, "kind": kind, **more}) + "\n")
+
+    def due(every, step):
+        return every > 0 and (step % every == 0 or step == max_steps)
+
+    stop_requests = []  # when each Ctrl-C (or SIGTERM) came
+
+    def request_stop(signum, frame):
+        stop_requests.append(time.monotonic())
+        if stop_requests[-1] - stop_requests[0] > 2:  # sooner, it is torchrun that passes on the first
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        say("\nstopping after this step; once more stops at once")
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    stopping = False
+
+    for step in range(start_step, max_steps + 1):
+        # Once in a while: the validation loss, a sample, what has been read
+        if evaluated != step and not stopping:
+            if due(eval_every, step) and shards.val:
+                result = evaluate(model, shards, B, T, val_tokens, autocast, rank, world_size)
+                val_loss = result["loss"]
+                log(step, "val", val_loss, **result)
+                say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte")
+            if due(sample_every, step) and master:
+                rng = torch.Generator(where).manual_seed(seed)
+                with autocast:
+                    pieces = stream_text(
+                        raw_model, enc, sample_prompt, sample_tokens, top_k=50, generator=rng
+                    )
+                    text = sample_prompt + "".join(piece for (piece,) in pieces)
+                log_files["metrics.jsonl"].write(
+                    json.dumps({"step": step, "kind": "sample", "text": text}) + "\n"
+                )
+                say(f"step {step:5d} | sample:\n{text}\n")
+            if due(exposure_every, step) and master and step:
+                first = (step - 1) // exposure_every * exposure_every
+                for record in exposure(order, first * sequences, step * sequences):
+                    log_files["exposure.jsonl"].write(json.dumps({"step": step, **record}) + "\n")
+            evaluated = step
+
+        # Save: the model first, then resume.pt, which names it by its step
+        if step != saved_step and (stopping or step == max_steps or (step and due(save_every, step))):
+            if master:
+                state = {"model": raw_model.state_dict(), "config": dataclasses.asdict(raw_model.config)}
+                state |= {"step": step, "val_loss": val_loss, "settings": settings}
+                state |= {"tokenizer": tokenizer_state(enc)}
+                save(state, os.path.join(log_dir, f"model_{step:05d}.pt"))
+                state = {"step": step, "evaluated": evaluated, "val_loss": val_loss, "settings": settings}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state |= {"rng": torch.get_rng_state()}
+                save(state, resume_path)
+            say(f"step {step:5d} | saved {log_dir}/model_{step:05d}.pt")
+            saved_step = step
+        if stopping:
+            say("stopped; the same command with --resume goes on from here")
+        if stopping or step == max_steps:
+            break
+
+        # The update: forward and backward for each micro-batch, then one step of AdamW
+        t0 = time.perf_counter()
+        lr = get_lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(2, device=where)  # of the loss over micro-batches, of requests to stop
+        for micro_step in range(grad_accum_steps):
+            first = step * sequences + (micro_step * world_size + rank) * B
+            x, y = order.batch(first, B)
+            train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast:
+                loss = train_model(to_device(x), to_device(y))
+            sums[0] += loss.detach()
+            scaler.scale(loss / grad_accum_steps).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        sums[1] = len(stop_requests)
+        if world_size > 1:
+            dist.all_reduce(sums)
+        loss = sums[0].item() / (grad_accum_steps * world_size)
+        stopping = sums[1].item() > 0
+
+        seconds = time.perf_counter() - t0
+        record = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}
+        record["tokens_per_second"] = total_batch_size / seconds
+        record["tokens"] = (step + 1) * total_batch_size
+        record["epoch"] = (step + 1) * sequences / order.per_epoch if shards.complete else None
+        mfu = ""
+        if peak:
+            record["mfu"] = flops_per_token * record["tokens_per_second"] / (peak * world_size)
+            mfu = f" | mfu {100 * record['mfu']:.1f}%"
+        log(step, "train", loss, **record)
+        say(
+            f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+            f"{1000 * seconds:.0f}ms | {record['tokens_per_second']:,.0f} tok/s{mfu}"
+        )
+
+
+if __name__ == "__main__":
+    configure(globals(), default_settings)
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit(
+            f"out of memory: try --B={max(1, B // 2)}; total_batch_size stays, so the result will be the same"
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
