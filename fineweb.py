@@ -10,9 +10,12 @@ Streams by default, so that the first shards exist minutes after the start. shar
 
 import collections
 import contextlib
+import glob
+import itertools
 import os
 import re
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -203,6 +206,24 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
             if bar.n == max_tokens:
                 break
     return writer.close()
+
+
+def write_demo_shards(out_dir):
+    """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source."""
+    source = "input.txt"
+    if not os.path.exists(source):
+        try:
+            download(TINYSHAKESPEARE, source, timeout=5)
+        except requests.RequestException:
+            source = "the source of Python's standard library"
+    if source == "input.txt":
+        texts = read_text(source)
+    else:
+        paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+        np.random.default_rng(0).shuffle(paths)
+        texts = itertools.chain.from_iterable(map(read_text, paths))
+    enc = load_tokenizer("bytes")
+    write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, dataset=source, subset=None, seed=None)
 
 
 def main():

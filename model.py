@@ -334,7 +334,7 @@ def load_checkpoint(path, mmap=False):
     except pickle.UnpicklingError:
         sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
     except (OSError, RuntimeError, EOFError, ValueError) as e:
-        sys.exit(f"{path}: not a whole checkpoint file ({str(e).splitlines()[0]})")
+        sys.exit(f"{path}: not a whole checkpoint file ({str(e).partition(chr(10))[0] or type(e).__name__})")
 
 
 def download_openai(name):

@@ -123,7 +123,6 @@ def has_shards(data_dir):
     return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
 
 
-@functools.lru_cache(maxsize=2)  # no more than two are mapped at a time, however many there are
 def open_shard(path):
     """A shard, memory-mapped: a 1-D array of uint16 or uint32. Exits if it is not one."""
     try:
@@ -144,6 +143,7 @@ class Shards:
 
     def __init__(self, data_dir):
         self.data_dir = data_dir
+        self._open = functools.lru_cache(maxsize=2)(open_shard)  # however many there are, two are mapped
         if not has_shards(data_dir):
             sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={data_dir}")
         meta = self.refresh()
@@ -169,7 +169,7 @@ class Shards:
         self.train, self.val = [], []
         for shard in meta["shards"]:
             path = os.path.join(self.data_dir, shard["file"])
-            size = len(open_shard(path))
+            size = len(self._open(path))
             if size != shard.get("tokens", size):
                 sys.exit(f"{path}: holds {size} tokens, meta.json says {shard['tokens']}; make it again")
             (self.train if shard["split"] == "train" else self.val).append((path, size))
@@ -177,7 +177,7 @@ class Shards:
 
     def read(self, path, start, count):
         """`count` tokens of a shard from `start` on, int64. Exits if one is outside the vocabulary."""
-        tokens = open_shard(path)[start : start + count].astype(np.int64)
+        tokens = self._open(path)[start : start + count].astype(np.int64)
         if tokens.max(initial=0) >= self.enc.n_vocab:
             sys.exit(
                 f"{path}: token {tokens.max()} at {start + tokens.argmax()} is outside the vocabulary of "
@@ -236,14 +236,36 @@ class TrainOrder:
         shard = int(order[place])
         return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
 
-    def batch(self, first, B):
-        """Sequences first .. first + B - 1 as (x, y), int64 arrays of shape (B, T); y is x one later."""
-        rows = []
-        for n in range(first, first + B):
-            _, shard, start = self.locate(n)
-            rows.append(self.shards.read(self.shards.train[shard][0], start, self.T + 1))
-        rows = np.stack(rows)
-        return rows[:, :-1], rows[:, 1:]
+    def batches(self, step, sequences, B, rank=0, world_size=1):
+        """Yield one process's micro-batches of a step of so many sequences, in turns of B each.
+
+        Each is (x, y), int64 arrays of shape (B, T); y is x one token later.
+        """
+        for first in range(step * sequences + rank * B, (step + 1) * sequences, world_size * B):
+            rows = []
+            for n in range(first, first + B):
+                _, shard, start = self.locate(n)
+                rows.append(self.shards.read(self.shards.train[shard][0], start, self.T + 1))
+            rows = np.stack(rows)
+            yield rows[:, :-1], rows[:, 1:]
+
+    def exposure(self, first, last):
+        """Yield what sequences first .. last - 1 are, as {"epoch", "shard", "tokens"}.
+
+        tokens are [start, end) ranges of the shard's inputs, in order, neighbours joined.
+        """
+        found = {}
+        for n in range(first, last):
+            epoch, shard, start = self.locate(n)
+            found.setdefault((epoch, shard), []).append(start)
+        for (epoch, shard), starts in found.items():
+            ranges = []
+            for start in sorted(starts):
+                if ranges and ranges[-1][1] == start:
+                    ranges[-1][1] += self.T
+                else:
+                    ranges.append([start, start + self.T])
+            yield {"epoch": epoch, "shard": os.path.basename(self.shards.train[shard][0]), "tokens": ranges}
 
 
 def val_batches(shards, B, T, max_tokens, rank=0, world_size=1):

@@ -15,28 +15,24 @@ of processes and any B: see shards.py. Step s is logged before its update, so mo
 """
 
 import dataclasses
-import glob
 import json
 import math
 import os
-import random
 import signal
 import sys
-import sysconfig
 import time
 
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, current_settings
-from fineweb import TINYSHAKESPEARE, download, read_text, write_shards
+from fineweb import write_demo_shards
 from model import GPT, GPTConfig, load_checkpoint, load_model, pick_device, pick_dtype, stream_text
 from shards import Shards, TrainOrder, has_shards, val_batches
-from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
+from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
 preset = "auto"  # tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl; auto: gpt2 if data_dir has shards, else tiny
@@ -117,36 +113,6 @@ def default_settings(given):
     return settings
 
 
-# -- the demo's data ---------------------------------------------------------------
-
-
-def make_demo_data():
-    """Shards of bytes in DEMO_DIR, from whatever text there is: see demo_texts."""
-    texts, source = demo_texts()
-    print(f"no shards in edu_fineweb10B/ (python fineweb.py makes them): a demo on {source}")
-    write_shards(texts, load_tokenizer("bytes"), DEMO_DIR, "demo", dataset=source, subset=None, seed=None)
-
-
-def demo_texts():
-    """(documents, what they are): input.txt, or tiny Shakespeare, or Python's own source text."""
-    if os.path.exists("input.txt"):
-        return read_text("input.txt"), "input.txt"
-    try:
-        download(TINYSHAKESPEARE, "input.txt", timeout=5)
-        return read_text("input.txt"), "tiny Shakespeare, downloaded to input.txt"
-    except requests.RequestException:
-        pass
-    texts, size = [], 0
-    paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
-    random.Random(0).shuffle(paths)
-    for path in paths:
-        if size < 2_000_000:
-            with open(path, encoding="utf-8", errors="replace") as f:
-                texts.append(f.read())
-            size += len(texts[-1])
-    return texts, "the source of Python's standard library (offline, and no input.txt here)"
-
-
 # -- parts of a step ----------------------------------------------------------------
 
 
@@ -186,25 +152,6 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
         "bpb": nats / math.log(2) / size,
         "tokens": int(tokens),
     }
-
-
-def exposure(order, first, last):
-    """Yield, for sequences first .. last - 1, {"epoch", "shard", "tokens"}: what the model has read.
-
-    tokens are [start, end) ranges of the shard's inputs, in order, neighbours joined.
-    """
-    starts = {}
-    for n in range(first, last):
-        epoch, shard, start = order.locate(n)
-        starts.setdefault((epoch, shard), []).append(start)
-    for (epoch, shard), found in starts.items():
-        ranges = []
-        for start in sorted(found):
-            if ranges and ranges[-1][1] == start:
-                ranges[-1][1] += order.T
-            else:
-                ranges.append([start, start + order.T])
-        yield {"epoch": epoch, "shard": os.path.basename(order.shards.train[shard][0]), "tokens": ranges}
 
 
 # -- the log folder -----------------------------------------------------------------
@@ -259,6 +206,17 @@ def save(obj, path):
     os.replace(path + ".tmp", path)
 
 
+def check_settings():
+    """Exit with one line if a number makes no sense."""
+    positive = ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "val_tokens", "sample_tokens")
+    at_least_0 = ("seed", "max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "beta1", "beta2")
+    at_least_0 += ("grad_clip", "eval_every", "sample_every", "save_every", "exposure_every")
+    for least, keys in ((1, positive), (0, at_least_0)):
+        for key in keys:
+            if not globals()[key] >= least:  # which is also true of nan
+                sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+
+
 def indivisible_batch(world_size):
     """The message for a total_batch_size that B x T x world_size does not divide."""
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
@@ -289,6 +247,7 @@ def check_tokenizer(name, enc, shards):
 
 
 def main():
+    check_settings()
     # Processes and device. torchrun starts one process a device and sets these; alone, it is rank 0 of 1.
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -316,7 +275,8 @@ def main():
     # Data
     if data_dir == DEMO_DIR:
         if master and not (resume and has_shards(DEMO_DIR)):
-            make_demo_data()
+            print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
+            write_demo_shards(DEMO_DIR)
         if world_size > 1:
             dist.barrier()
     shards = Shards(data_dir)
@@ -421,7 +381,7 @@ def main():
                 say(f"step {step:5d} | sample:\n{text}\n")
             if due(exposure_every, step) and master and step:
                 first = (step - 1) // exposure_every * exposure_every
-                for record in exposure(order, first * sequences, step * sequences):
+                for record in order.exposure(first * sequences, step * sequences):
                     log_files["exposure.jsonl"].write(json.dumps({"step": step, **record}) + "\n")
             evaluated = step
 
@@ -449,9 +409,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(2, device=where)  # of the loss over micro-batches, of requests to stop
-        for micro_step in range(grad_accum_steps):
-            first = step * sequences + (micro_step * world_size + rank) * B
-            x, y = order.batch(first, B)
+        for micro_step, (x, y) in enumerate(order.batches(step, sequences, B, rank, world_size)):
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 loss = train_model(to_device(x), to_device(y))

@@ -1,0 +1,208 @@
+"""From text in every form to shards, and back to the text."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+import fineweb
+from conftest import TEXT
+from fineweb import documents, read_text, tokenize, write_shards
+from tokenizer import EOT, load_tokenizer
+
+ENC = load_tokenizer("bytes")
+TEXTS = [
+    *TEXT.splitlines(keepends=True)[:40],
+    "naïve 日本語 🙂\r\nCRLF and\ttab",
+    f"{EOT} in the text",
+    " ",
+    "\n",
+]
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts))
+
+
+def decode(folder, enc):
+    """All documents of a folder of shards, decoded; val behind train where val is the corpus' end."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shards = {shard["split"]: [] for shard in meta["shards"]}
+    for shard in meta["shards"]:
+        shards[shard["split"]].append(np.load(folder / shard["file"]))
+    tokens = np.concatenate(shards["val"] + shards["train"])
+    starts = np.flatnonzero(tokens == enc.eot_token)
+    assert starts[0] == 0
+    return [enc.decode(doc[1:].tolist()) for doc in np.split(tokens, starts[1:])]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json.gz", "parquet", "txt", "folder"])
+@pytest.mark.parametrize("streaming", ["True", "False"])
+def test_local_files(run, tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / f"data.{kind}"
+    expected = TEXTS
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), data)
+    elif kind == "txt":
+        data.write_bytes(EOT.join(TEXTS[:41]).encode())
+        expected = [t.strip("\n") for t in TEXTS[:41]]
+    elif kind == "folder":
+        (data / "sub").mkdir(parents=True)
+        (data / "a.jsonl").write_text(jsonl(TEXTS[:10]))
+        (data / "sub" / "b.jsonl").write_text(jsonl(TEXTS[10:]))
+        (data / "README.md").write_text("not data")
+    else:
+        content = jsonl(TEXTS).encode()
+        data.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    out = run(
+        "fineweb.py", f"--dataset={data}", f"--streaming={streaming}", "--tokenizer=bytes", "--out_dir=out"
+    )
+    assert sorted(decode(tmp_path / "out", ENC)) == sorted(expected)
+    assert "train: 1 shards" in out
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["complete"] and meta["tokenizer"] == "bytes" and meta["dataset"] == str(data)
+
+
+def test_order_and_size_of_shards(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text(jsonl(TEXTS))
+    run("fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--out_dir=out", "--shard_size=500")
+    assert decode(tmp_path / "out", ENC) == TEXTS
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.npy"))
+    assert (
+        names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"]
+        and "djsonl_val_000000.npy" in names
+    )
+
+
+def test_max_tokens(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text(jsonl(TEXTS))
+    run("fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--out_dir=out", "--max_tokens=1e3")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert sum(shard["tokens"] for shard in meta["shards"]) == 1000
+
+
+def test_shuffle_buffer_is_a_seeded_permutation(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text(jsonl(TEXTS))
+    found = []
+    for i, seed in enumerate((1, 1, 2)):
+        run(
+            "fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--shuffle_buffer=20", "--shard_size=500",
+            f"--seed={seed}", f"--out_dir=out{i}",
+        )  # fmt: skip
+        found.append(decode(tmp_path / f"out{i}", ENC))
+    assert found[0] == found[1] != found[2]
+    assert sorted(found[0]) == sorted(found[2]) == sorted(TEXTS) and found[0] != TEXTS
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    rows = [{"text": None}, {"text": "a"}, {"text": ""}, {"text": "b"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(documents(str(tmp_path / "d.jsonl"))) == ["a", "b"]
+
+
+def test_chats_are_flattened(tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": chat}))
+    (text,) = documents(str(tmp_path / "d.jsonl"), text_column="messages")
+    assert text == "User: Hi?\n\nAssistant: Hello."
+
+
+@pytest.mark.parametrize("batch_chars", [1, 100, 10**6])
+def test_tokenize_keeps_the_order(gpt2, batch_chars):
+    found = np.concatenate(list(tokenize(TEXTS, gpt2, np.uint16, batch_chars)))
+    expected = [t for text in TEXTS for t in [gpt2.eot_token, *gpt2.encode_ordinary(text)]]
+    assert found.tolist() == expected
+
+
+def test_odd_documents(tmp_path):
+    """Half a surrogate pair, and a megabyte of one character."""
+    texts = ["\ud83d alone", "a" * 1_000_000]
+    tokens = np.concatenate(list(tokenize(texts, ENC, np.uint16)))
+    assert ENC.decode(tokens.tolist()) == f"{EOT}? alone{EOT}{texts[1]}"
+
+
+def test_large_vocabularies_are_uint32(tmp_path):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
+    enc = tiktoken.Encoding(
+        "big", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+    )
+    meta = write_shards(["abcd"] * 50, enc, str(tmp_path / "out"), "x", dataset="x")
+    assert meta["dtype"] == "uint32" and meta["tokenizer"] == "tokenizer.json"
+    from shards import Shards
+
+    shards = Shards(str(tmp_path / "out"))
+    assert shards.enc.n_vocab == 65_793
+    assert shards.enc.decode(shards.read(*shards.val[0][:1], 1, 2).tolist()) == "abcd"
+
+
+def test_tinyshakespeare_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    """From a server on this machine: the whole file, and one that breaks off."""
+    import http.server
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "20000")
+            self.end_headers()
+            self.wfile.write(b"x" * (20000 if self.path == "/whole" else 100))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/broken")
+    with pytest.raises(SystemExit, match=r"cannot download .*; put the file at tinyshakespeare\.txt"):
+        list(documents("tinyshakespeare"))
+    assert not (tmp_path / "tinyshakespeare.txt").exists()
+    monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/whole")
+    assert list(documents("tinyshakespeare")) == ["x" * 20000]
+    server.shutdown()
+
+
+def test_read_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\n")
+    assert read_text(str(path)) == ["one\r\ntwo\n"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match=r"a\.txt: not a readable UTF-8 text file"):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dataset=gone"], r"--dataset=gone: no such file or folder; known names: fineweb-edu, "),
+        (["--dataset=empty.jsonl"], r"the dataset is empty: it has no document with text"),
+        (["--dataset=folder"], r"folder: no data files here; expected \.txt, \.jsonl"),
+        (
+            ["--dataset=d.jsonl", "--text_column=body"],
+            r"has no column 'body': use --text_column= with one of text, id",
+        ),
+        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: "),
+        (["--dataset=d.jsonl", "--shard_size=0"], r"--shard_size=0: must be at least 1"),
+        (["--dataset=d.jsonl", "--out_dir=full"], r"full holds shards already"),
+    ],
+)
+def test_mistakes(run, tmp_path, args, message):
+    (tmp_path / "d.jsonl").write_text(jsonl(TEXTS))
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "full").mkdir()
+    np.save(tmp_path / "full" / "x_val_000000.npy", np.zeros(3, dtype=np.uint16))
+    with pytest.raises(SystemExit, match=message) as e:
+        run("fineweb.py", "--tokenizer=bytes", "--out_dir=out", *args)
+    assert "\n" not in e.value.code
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True

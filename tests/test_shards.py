@@ -1,0 +1,264 @@
+"""The shard format and the order of the data, against brute force."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from shards import Shards, ShardWriter, TrainOrder, val_batches
+from tokenizer import load_tokenizer
+
+ENC = load_tokenizer("bytes")
+
+
+def write(folder, streams, shard_size):
+    writer = ShardWriter(str(folder), "x", ENC, shard_size, {"dataset": "x"})
+    for tokens in streams:
+        writer.add(np.array(tokens, dtype=np.uint16))
+    return writer.close()
+
+
+def read(folder, split):
+    meta = json.loads((folder / "meta.json").read_text())
+    return [np.load(folder / shard["file"]) for shard in meta["shards"] if shard["split"] == split]
+
+
+def documents(count, size, rng):
+    return [np.concatenate(([256], rng.integers(0, 256, rng.integers(1, size)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("shard_size", [10, 97, 100, 640, 1000, 5000])
+def test_no_token_is_lost_or_repeated(tmp_path, shard_size):
+    docs = documents(30, 60, np.random.default_rng(0))
+    stream = np.concatenate(docs)
+    meta = write(tmp_path, docs, shard_size)
+    val, train = read(tmp_path, "val"), read(tmp_path, "train")
+    assert len(val) == 1 and train
+    if len(stream) >= 2 * shard_size:
+        assert len(val[0]) == shard_size
+        joined = np.concatenate(val + train)
+    else:  # too small for a whole shard of validation: the last tenth, cut where a document starts
+        assert abs(len(val[0]) / len(stream) - 0.1) < 0.05 and val[0][0] == 256
+        joined = np.concatenate(train + val)
+    assert np.array_equal(joined, stream)
+    assert all(len(shard) == shard_size for shard in train[:-1])
+    assert meta["complete"] and meta["dtype"] == "uint16" and meta["vocab_size"] == 257
+    for shard, tokens in zip(meta["shards"], val + train, strict=True):
+        assert shard["tokens"] == len(tokens)
+        assert shard["documents"] == list(tokens).count(256)
+        assert shard["bytes"] == len(tokens) - shard["documents"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_one_document_gives_its_last_tenth_to_validation(tmp_path):
+    write(tmp_path, [[256, *range(99)]], 1000)
+    assert len(read(tmp_path, "train")[0]) == 90 and read(tmp_path, "val")[0].tolist() == list(range(89, 99))
+
+
+def make_order(folder, sizes, T, seed=0):
+    """Shards in which each token is its own place; they pass for GPT-2 tokens, of which there are enough."""
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        np.save(folder / f"x_train_{i:06d}.npy", np.arange(size, dtype=np.uint16))
+    return TrainOrder(Shards(str(folder)), T, seed)
+
+
+@pytest.mark.parametrize(("sizes", "T"), [([100], 7), ([64, 129, 65], 64), ([33, 500, 17, 16, 90], 16)])
+def test_an_epoch_holds_each_window_once(tmp_path, gpt2, sizes, T):
+    order = make_order(tmp_path / "s", sizes, T)
+    windows = sum((size - 1) // T for size in sizes)
+    assert order.per_epoch == windows
+    seen_offsets = set()
+    for epoch in range(5):
+        places = [order.locate(epoch * windows + n) for n in range(windows)]
+        assert all(e == epoch for e, _, _ in places)
+        assert len(set(places)) == windows
+        for shard, size in enumerate(sizes):
+            starts = sorted(start for _, s, start in places if s == shard)
+            assert len(starts) == (size - 1) // T
+            assert all(start + T + 1 <= size for start in starts)
+            offset = max((start % T for start in starts), default=0)
+            if epoch == 0:
+                assert starts == list(range(0, (size - 1) // T * T, T))
+            else:  # each token up to the last window is in one, the first ones perhaps in a window at 0
+                seen_offsets.add(offset)
+                covered = {t for start in starts for t in range(start, start + T)}
+                assert not starts or covered == set(range(min(starts), max(starts) + T))
+        visited = [s for _, s, _ in places]
+        runs = [s for i, s in enumerate(visited) if i == 0 or visited[i - 1] != s]
+        assert len(runs) == len(set(runs)), "shards are read one after the other"
+        if epoch == 0:
+            assert runs == sorted(runs)
+    assert len(seen_offsets) > 1
+
+
+def test_order_changes_with_epoch_and_seed(tmp_path, gpt2):
+    order = make_order(tmp_path / "a", [10_000, 9_000, 8_000], 64)
+    first = [order.locate(n)[1:] for n in range(2 * order.per_epoch)]
+    again = make_order(tmp_path / "b", [10_000, 9_000, 8_000], 64)
+    backwards = [again.locate(n)[1:] for n in reversed(range(2 * order.per_epoch))][::-1]
+    assert first == backwards, "a pure function of n"
+    assert first[: order.per_epoch] != first[order.per_epoch :]
+    other = make_order(tmp_path / "c", [10_000, 9_000, 8_000], 64, seed=1)
+    assert first != [other.locate(n)[1:] for n in range(2 * order.per_epoch)]
+    assert first[:3] == FIRST_THREE, "the same on every machine, and from one version to the next"
+
+
+FIRST_THREE = [(0, 3904), (0, 8640), (0, 7360)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, gpt2, world_size, B):
+    order = make_order(tmp_path / "s", [900, 1000], 16)
+    sequences = 16
+    for step in range(20):  # two epochs and more
+        rows = []
+        for rank in range(world_size):
+            batches = list(order.batches(step, sequences, B, rank, world_size))
+            assert len(batches) == sequences // (B * world_size)
+            for x, y in batches:
+                assert x.shape == y.shape == (B, 16)
+                assert np.array_equal(x[:, 1:], y[:, :-1])
+                rows += x[:, 0].tolist()
+        expected = [order.locate(n)[2] for n in range(step * sequences, (step + 1) * sequences)]
+        assert sorted(rows) == sorted(expected)
+
+
+def test_exposure_is_what_was_read(tmp_path, gpt2):
+    order = make_order(tmp_path / "s", [300, 200], 16)
+    seen = {(r["epoch"], r["shard"]): r["tokens"] for r in order.exposure(0, order.per_epoch + 5)}
+    assert seen[0, "x_train_000000.npy"] == [[0, 288]]  # all 18 windows, joined
+    assert seen[0, "x_train_000001.npy"] == [[0, 192]]
+    assert sum(end - start for (epoch, _), spans in seen.items() if epoch == 1 for start, end in spans) == 80
+
+
+def test_validation_covers_each_token_once(tmp_path):
+    rng = np.random.default_rng(1)
+    write(tmp_path, documents(40, 60, rng), 300)
+    shards = Shards(str(tmp_path))
+    tokens = read(tmp_path, "val")[0]
+    for limit, expected in ((10**9, tokens[1:]), (100, tokens[1:100])):
+        for world_size in (1, 3):
+            got = {}
+            for rank in range(world_size):
+                for i, (x, y) in enumerate(val_batches(shards, 4, 16, limit, rank, world_size)):
+                    assert x.shape == y.shape == (4, 16)
+                    got[i * world_size + rank] = y.ravel()[y.ravel() >= 0].tolist()
+            assert [t for i in sorted(got) for t in got[i]] == expected.tolist()
+
+
+def test_waits_for_a_writer(tmp_path):
+    """A folder that is not complete: the order goes on when the next shard has come, and is the same."""
+    stream = np.arange(1000) % 256
+    write(tmp_path / "whole", [stream], 200)
+    order = TrainOrder(Shards(str(tmp_path / "whole")), 16, 3)
+    expected = [order.locate(n) for n in range(order.per_epoch)]
+
+    writer = ShardWriter(str(tmp_path / "part"), "x", ENC, 200, {})
+    writer.add(stream[:400])
+    said = []
+
+    def say(line):
+        said.append(line)
+        writer.add(stream[400:])
+        writer.close()
+
+    order = TrainOrder(Shards(str(tmp_path / "part")), 16, 3, say=say, poll_seconds=0)
+    assert [order.locate(n) for n in range(len(expected))] == expected
+    assert said == ["waiting for fineweb.py to write training shard 2"]
+
+
+def test_memory_does_not_grow_with_the_shards(tmp_path):
+    """Peak memory of reading 2 MB of shards and of reading 80 MB, each from end to end, by a new process."""
+    code = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from shards import *\n"
+    code += "order = TrainOrder(Shards(sys.argv[1]), 1000, 0)\n"
+    code += "assert sum(len(x) for x, _ in order.batches(0, order.per_epoch // 3 * 3, 3)) > 990\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for count in (1, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        names = [f"x_train_{i}.npy" for i in range(count)]
+        listed = [{"file": name, "split": "train"} for name in names]
+        (folder / "meta.json").write_text(
+            json.dumps({"tokenizer": "bytes", "complete": True, "shards": listed})
+        )
+        for i, name in enumerate(names):
+            np.save(folder / name, np.full(1_000_000, i, dtype=np.uint16))
+        out = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(out.stdout))
+    assert peaks[1] - peaks[0] < 10_000, f"{peaks} kB"
+
+
+def test_plain_build_nanogpt_folder(tmp_path, gpt2):
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(100, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(50_157, 50_257, dtype=np.uint16))
+    shards = Shards(str(tmp_path))
+    assert shards.enc.name == "gpt2" and shards.complete
+    assert [size for _, size in shards.train] == [100] and [size for _, size in shards.val] == [100]
+    ((x, _),) = TrainOrder(shards, 99, 0).batches(0, 1, 1)
+    assert x[0, 0] == 50_157
+
+
+def break_meta(folder):
+    (folder / "meta.json").write_text("{")
+
+
+def cut_short(folder):
+    path = next(folder.glob("*train_000001.npy"))
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def replace_with(array):
+    return lambda folder: np.save(next(folder.glob("*train_000001.npy")), array)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: [p.unlink() for p in folder.iterdir()],
+            r"no shards in .*: make them with python fineweb",
+        ),
+        (break_meta, r"meta\.json: cannot be read"),
+        (cut_short, r"x_train_000001\.npy: corrupt or missing shard"),
+        (
+            lambda folder: next(folder.glob("*train_000001.npy")).unlink(),
+            r"x_train_000001\.npy: corrupt or missing",
+        ),
+        (replace_with(np.zeros(7, dtype=np.uint16)), r"holds 7 tokens, meta\.json says 200"),
+        (
+            replace_with(np.zeros((2, 100), dtype=np.uint16)),
+            r"expected a 1-D array of uint16 or uint32, found 2-D",
+        ),
+        (replace_with(np.zeros(200)), r"expected a 1-D array of uint16 or uint32, found 1-D float64"),
+        (replace_with(np.array(["a"], dtype=object)), r"corrupt or missing shard"),
+    ],
+)
+def test_damaged_folders(tmp_path, damage, message):
+    write(tmp_path, [np.arange(1000) % 256], 200)
+    damage(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        Shards(str(tmp_path))
+
+
+def test_a_token_outside_the_vocabulary(tmp_path):
+    write(tmp_path, [np.arange(1000) % 256], 200)
+    replace_with(np.full(200, 300, dtype=np.uint16))(tmp_path)
+    order = TrainOrder(Shards(str(tmp_path)), 16, 0)
+    with pytest.raises(
+        SystemExit, match=r"x_train_000001\.npy: token 300 at \d+ is outside the vocabulary of bytes"
+    ):
+        list(order.batches(0, 1, 1))
+
+
+def test_shards_too_short_for_the_context(tmp_path):
+    write(tmp_path, [[256, *range(100)]], 1000)
+    with pytest.raises(SystemExit, match=r"no training shard has the 1025 tokens that --T=1024 needs"):
+        TrainOrder(Shards(str(tmp_path)), 1024, 0)

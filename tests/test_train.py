@@ -1,0 +1,345 @@
+"""The trainer: against a plain loop, stopped and resumed, divided among processes, given nonsense."""
+
+import json
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+import fineweb
+import shards as shards_module
+from conftest import TEXT, read_jsonl, read_log
+from fineweb import write_shards
+from model import GPT, GPTConfig, load_checkpoint, load_model
+from tokenizer import load_tokenizer
+
+SMALL = [
+    "--preset=tiny", "--data_dir=shards", "--n_layer=2", "--n_head=2", "--n_embd=32", "--T=32", "--B=4",
+    "--total_batch_size=512", "--max_steps=8", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
+    "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
+]  # fmt: skip
+
+
+def weights(folder, step=8):
+    return load_checkpoint(str(folder / f"model_{step:05d}.pt"))["model"]
+
+
+def assert_same_run(a, b):
+    """Bit for bit: log.txt, the metrics but for the time they took, weights and optimizer state."""
+    assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
+    timeless = [
+        [
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
+            for r in read_jsonl(x / "metrics.jsonl")
+        ]
+        for x in (a, b)
+    ]
+    assert timeless[0] == timeless[1]
+    for name, value in weights(a).items():
+        assert torch.equal(value, weights(b)[name]), name
+    states = [load_checkpoint(str(x / "resume.pt"))["optimizer"]["state"] for x in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for i, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, states[1][i][key])
+
+
+def test_a_run_and_its_files(run, shards, tmp_path):
+    out = run(
+        "train_gpt2.py", *SMALL, "--max_steps=60", "--eval_every=20", "--sample_every=30", "--save_every=30"
+    )
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in lines)
+    train, val = read_log(tmp_path / "log", "train"), read_log(tmp_path / "log", "val")
+    assert list(train) == list(range(60)) and list(val) == [0, 20, 40, 60]
+    assert train[0] == pytest.approx(math.log(257), abs=0.15)
+    assert train[59] < 3.2 and val[60] < val[40] < val[20] < val[0] - 1
+
+    records = read_jsonl(tmp_path / "log" / "metrics.jsonl")
+    record = next(r for r in records if r["kind"] == "train" and r["step"] == 5)
+    assert record["loss"] == pytest.approx(train[5], abs=1e-6)
+    assert (
+        record["tokens"] == 6 * 512 and record["lr"] > 0 and record["grad_norm"] > 0 and record["seconds"] > 0
+    )
+    assert [r["step"] for r in records if r["kind"] == "sample"] == [0, 30, 60]
+    assert re.search(r"step +59 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ms \| [\d,]+ tok/s\n", out)
+
+    assert sorted(p.name for p in (tmp_path / "log").glob("*.pt")) == [
+        "model_00030.pt",
+        "model_00060.pt",
+        "resume.pt",
+    ]
+    state = load_checkpoint(str(tmp_path / "log" / "model_00060.pt"))
+    assert state.keys() == {"model", "config", "step", "val_loss", "settings", "tokenizer"}
+    assert (state["step"], state["tokenizer"], state["settings"]["max_steps"]) == (60, "bytes", 60)
+    assert state["val_loss"] == pytest.approx(val[60], abs=1e-4)
+    assert state["config"] == dict(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+
+    # the loss of the checkpoint, by the trainer and token by token
+    printed = run(
+        "train_gpt2.py", "--eval_only=True", "--data_dir=shards", "--dtype=float32", "--T=32", "--B=3"
+    )
+    result = dict(part.split(" ") for part in printed.splitlines()[-1].split(" | "))
+    model, enc = load_model("latest")
+    tokens = torch.from_numpy(np.load(shards / "toy_val_000000.npy").astype(np.int64))
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        x, y = tokens[start : start + 32], tokens[start + 1 : start + 33]
+        nats -= model(x[None, : len(y)])[0].log_softmax(-1)[range(len(y)), y].sum().item()
+    size = len(enc.decode(tokens[1:].tolist()).replace("<|endoftext|>", "").encode())
+    assert float(result["loss"]) == pytest.approx(nats / (len(tokens) - 1), abs=1e-4)
+    assert float(result["perplexity"]) == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-3)
+    assert float(result["bpb"]) == pytest.approx(nats / math.log(2) / size, abs=1e-4)
+    assert result["tokens"] == f"{len(tokens) - 1:,}"
+    assert val[60] == pytest.approx(float(result["loss"]), abs=1e-4)
+
+
+def test_steps_equal_a_plain_loop(run, shards, tmp_path):
+    """Schedule, accumulation, clipping and AdamW, written out for whole batches."""
+    run("train_gpt2.py", *SMALL, "--grad_clip=0.5")
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(32, 257, 2, 2, 32))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+        betas=(0.9, 0.95), eps=1e-8, foreach=False,
+    )  # fmt: skip
+    order = shards_module.TrainOrder(shards_module.Shards("shards"), 32, 1337)
+    expected = {}
+    for step in range(8):
+        lr = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / 6)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ((x, y),) = order.batches(step, 16, 16)
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.tensor(x)).flatten(0, 1), torch.tensor(y).flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        expected[step] = loss.item()
+    assert read_log(tmp_path / "log", "train") == pytest.approx(expected, abs=1e-4)
+    for name, value in weights(tmp_path / "log").items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("args", [["--B=16"], ["--B=1"]])
+def test_micro_batch_does_not_change_the_run(run, shards, tmp_path, args):
+    run("train_gpt2.py", *SMALL)
+    run("train_gpt2.py", *SMALL, *args, "--log_dir=other")
+    for kind in ("train", "val"):
+        assert read_log(tmp_path / "other", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=1e-4)
+
+
+def test_processes_do_not_change_the_run(run, spawn, shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--sample_every=4", "--exposure_every=4")
+    two = spawn("train_gpt2.py", *SMALL, "--sample_every=4", "--exposure_every=4", "--log_dir=two", nproc=2)
+    assert two.returncode == 0, two.stderr
+    for kind in ("train", "val"):
+        assert read_log(tmp_path / "two", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=5e-5)
+    assert (tmp_path / "two" / "exposure.jsonl").read_text() == (
+        tmp_path / "log" / "exposure.jsonl"
+    ).read_text()
+    assert len(re.findall("val loss", two.stdout)) == 4, "only rank 0 prints"
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, action): call action when the trainer asks for the data of step k."""
+    batches = shards_module.TrainOrder.batches
+
+    def patch(k, action):
+        def patched(self, step, *args):
+            if step == k:
+                action()
+            return batches(self, step, *args)
+
+        monkeypatch.setattr(shards_module.TrainOrder, "batches", patched)
+
+    return patch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopped_after_any_step_and_resumed(run, shards, tmp_path, at_step, dtype):
+    args = [*SMALL, f"--dtype={dtype}", "--sample_every=4", "--exposure_every=3"]
+    run("train_gpt2.py", *args)
+    for k in range(8):
+        at_step(k, lambda: os.kill(os.getpid(), signal.SIGINT))
+        out = run("train_gpt2.py", *args, f"--log_dir=stopped{k}")
+        assert f"saved stopped{k}/model_{k + 1:05d}.pt" in out
+        assert "the same command with --resume goes on from here" in out
+        at_step(-1, None)
+        run("train_gpt2.py", "--resume", f"--log_dir=stopped{k}")  # with the settings of the run
+        assert_same_run(tmp_path / "log", tmp_path / f"stopped{k}")
+        exposure = [(tmp_path / folder / "exposure.jsonl").read_text() for folder in ("log", f"stopped{k}")]
+        assert exposure[0] == exposure[1]
+
+
+def test_died_and_resumed(run, shards, tmp_path, at_step):
+    """What was logged behind the last checkpoint is dropped, and written again."""
+    run("train_gpt2.py", *SMALL)
+    for k in (2, 3, 5, 6):
+        at_step(k, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("train_gpt2.py", *SMALL, f"--log_dir=died{k}")
+        at_step(-1, None)
+        run("train_gpt2.py", *SMALL, "--resume", f"--log_dir=died{k}")
+        assert_same_run(tmp_path / "log", tmp_path / f"died{k}")
+
+
+def test_resume_starts_afresh_where_there_is_nothing(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--resume")
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
+    run("train_gpt2.py", "--resume", "--max_steps=10")
+    assert list(read_log(tmp_path / "log", "train")) == list(range(10))
+
+
+def test_a_fresh_start_loses_nothing(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL)
+    first = (tmp_path / "log" / "log.txt").read_text()
+    out = run("train_gpt2.py", *SMALL, "--max_steps=2", "--seed=2")
+    assert "log/ held an earlier run: moved to log/old_1/" in out
+    assert (tmp_path / "log" / "old_1" / "log.txt").read_text() == first
+    assert (tmp_path / "log" / "old_1" / "model_00008.pt").exists()
+    assert [p.name for p in (tmp_path / "log").glob("model_*")] == ["model_00002.pt"]
+
+
+def test_init_from(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL)
+    last = read_log(tmp_path / "log", "val")[8]
+    run(
+        "train_gpt2.py",
+        *SMALL,
+        "--init_from=log/model_00008.pt",
+        "--log_dir=tuned",
+        "--n_layer=7",
+        "--max_lr=1e-3",
+    )
+    assert read_log(tmp_path / "tuned", "val")[0] == last
+    assert load_checkpoint(str(tmp_path / "tuned" / "model_00008.pt"))["config"]["n_layer"] == 2
+    with pytest.raises(SystemExit, match=r"--T=64 is more than log/model_00008\.pt's context: use --T=32"):
+        run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--log_dir=tuned", "--T=64")
+    texts = TEXT.splitlines(keepends=True)
+    mine = {"name": "mine", "pat_str": r"\S+|\s+", "special_tokens": {"<|endoftext|>": 256}}
+    mine["tokens"] = json.loads(
+        json.dumps([__import__("base64").b64encode(bytes([i])).decode() for i in range(256)])
+    )
+    write_shards(texts, load_tokenizer(mine), str(tmp_path / "mine"), "toy", dataset="toy")
+    with pytest.raises(SystemExit, match=r"has the tokenizer bytes \(257 tokens\), mine has mine \(257\)"):
+        run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--data_dir=mine")
+
+
+def test_exposure(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--exposure_every=5")
+    records = read_jsonl(tmp_path / "log" / "exposure.jsonl")
+    assert {r["step"] for r in records} == {5, 8}
+    assert sum(end - start for r in records for start, end in r["tokens"]) == 8 * 512
+    meta = json.loads((shards / "meta.json").read_text())
+    assert {r["shard"] for r in records} <= {s["file"] for s in meta["shards"] if s["split"] == "train"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_learns_the_same(run, shards, tmp_path, dtype):
+    run("train_gpt2.py", *SMALL)
+    run("train_gpt2.py", *SMALL, f"--dtype={dtype}", "--log_dir=low")
+    low, full = read_log(tmp_path / "low", "train"), read_log(tmp_path / "log", "train")
+    assert low == pytest.approx(full, abs=0.05) and low != full
+
+
+def test_compiled_equals_eager(run, shards, tmp_path):
+    args = [*SMALL, "--n_layer=1", "--max_steps=4"]
+    run("train_gpt2.py", *args)
+    out = run("train_gpt2.py", *args, "--compile=True", "--log_dir=compiled")
+    assert "compile on" in out
+    for kind in ("train", "val"):
+        assert read_log(tmp_path / "compiled", kind) == pytest.approx(
+            read_log(tmp_path / "log", kind), abs=1e-3
+        )
+
+
+# -- the demo -----------------------------------------------------------------------
+
+
+def test_demo_on_input_txt(spawn, tmp_path):
+    """As a newcomer types it, in a process of its own, but for the number of steps."""
+    (tmp_path / "input.txt").write_text(TEXT * 3)
+    result = spawn("train_gpt2.py", "--max_steps=20")
+    assert result.returncode == 0, result.stderr
+    assert "there are no shards in edu_fineweb10B/ (python fineweb.py makes them)" in result.stdout
+    train = read_log(tmp_path / "log", "train")
+    assert len(train) == 20 and train[19] < train[0] - 1
+    result = spawn("sample.py", "--max_new_tokens=50")
+    assert result.returncode == 0 and len(result.stdout.encode()) >= 50
+    result = spawn("train_gpt2.py", "--resume", "--max_steps=21")
+    assert result.returncode == 0 and list(read_log(tmp_path / "log", "train")) == list(range(21))
+
+
+def test_demo_without_a_network(run, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(fineweb, "download", offline)
+    run("train_gpt2.py", "--max_steps=2", "--B=2", "--total_batch_size=1024")
+    meta = json.loads((tmp_path / "demo_data" / "meta.json").read_text())
+    assert meta["dataset"] == "the source of Python's standard library"
+    assert sum(shard["tokens"] for shard in meta["shards"]) == 2_000_000
+    tokens = np.load(tmp_path / "demo_data" / "demo_train_000001.npy")
+    assert "import" in load_tokenizer("bytes").decode(tokens[:20_000].tolist())
+
+
+def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
+    def download(url, path, timeout):
+        assert url.endswith("tinyshakespeare/input.txt") and timeout == 5
+        (tmp_path / path).write_text(TEXT)
+
+    monkeypatch.setattr(fineweb, "download", download)
+    run("train_gpt2.py", "--max_steps=1", "--B=2", "--total_batch_size=1024")
+    assert (tmp_path / "input.txt").read_text() == TEXT
+
+
+# -- mistakes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--max_step=5"], r"there is no setting 'max_step'; did you mean max_steps\?"),
+        (["--max_steps=soon"], r"--max_steps=soon: expected a whole number"),
+        (["--preset=huge"], r"--preset=huge: choose auto, tiny, gpt2, "),
+        (["--data_dir=gone"], r"no shards in gone/: make them with python fineweb\.py --out_dir=gone"),
+        (["--preset=gpt2"], r"no shards in edu_fineweb10B/: make them with python fineweb\.py"),
+        ([*SMALL, "--B=3"], r"not a multiple of B x T x processes = 3 x 32 x 1 = 96; try --B=2"),
+        (
+            [*SMALL, "--total_batch_size=500"],
+            r"--total_batch_size=500 is not a multiple of .*--total_batch_size=512",
+        ),
+        ([*SMALL, "--T=5000", "--total_batch_size=20000"], r"no training shard has the 5001 tokens"),
+        ([*SMALL, "--n_head=3"], r"n_embd=32 must be a multiple of n_head=3"),
+        ([*SMALL, "--compile=perhaps"], r"--compile=perhaps: choose auto, true or false"),
+        ([*SMALL, "--dtype=int4"], r"--dtype=int4: choose auto, "),
+        ([*SMALL, "--device=cuda:99"], r"--device=cuda:99: not on this machine"),
+        ([*SMALL, "--init_from=gone.pt"], r"gone\.pt: no such checkpoint"),
+        ([*SMALL, "--eval_only=True"], r"no checkpoint in log/"),
+        ([*SMALL, "--B=0"], r"--B=0: must be at least 1"),
+        ([*SMALL, "--seed=-1"], r"--seed=-1: must be at least 0"),
+        ([*SMALL, "--max_lr=-1"], r"--max_lr=-1\.0: must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run, shards, tmp_path, args, message):
+    with pytest.raises(SystemExit, match=message) as e:
+        run("train_gpt2.py", *args)
+    assert "\n" not in e.value.code
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_mistake_is_one_line_on_stderr(spawn):
+    result = spawn("train_gpt2.py", "--max_step=5")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "--max_step=5: there is no setting 'max_step'; did you mean max_steps?\n"
