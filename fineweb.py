@@ -99,7 +99,7 @@ def open_dataset(*args, shuffle_buffer=0, seed=0, streaming=True, **kwargs):
 
 
 def flatten_chat(messages):
-    """A chat, a list of {"role", "content"}, as text: "User: ...", blank line, "Assistant: ..."."""
+    """A chat, a list of {"role", "content"}, as text: "User: ...", a blank line, "Assistant: ..."."""
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
 
 
@@ -142,11 +142,12 @@ def documents(dataset, subset=None, text_column="text", **options):
                         f"{dataset} has no column {text_column!r}: use --text_column= with one of {columns}"
                     )
                 text = row[text_column]
-                text = flatten_chat(text) if text_column == "messages" else text
+                text = flatten_chat(text) if isinstance(text, list) else text
                 if isinstance(text, str) and text:
                     yield text
     except Exception as e:  # whatever `datasets` and its readers raise: they share no base class
-        sys.exit(f"cannot read {dataset}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        hint = "; go online, or give --dataset= a local file or folder" if dataset in HUB else ""
+        sys.exit(f"cannot read {dataset}: {type(e).__name__}: {str(e).partition(chr(10))[0]}{hint}")
 
 
 # -- tokens -----------------------------------------------------------------------

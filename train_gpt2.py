@@ -76,9 +76,9 @@ compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
     "tiny": dict(
-        n_layer=4, n_head=4, n_embd=128, B=8, T=256, total_batch_size=2048,
-        max_steps=1000, warmup_steps=50, max_lr=2e-3, min_lr=2e-4,
-        eval_every=250, sample_every=250, sample_prompt="\n", sample_tokens=160, save_every=500,
+        n_layer=3, n_head=2, n_embd=128, B=12, T=64, total_batch_size=768,
+        max_steps=3000, warmup_steps=100, max_lr=4e-3, min_lr=1e-4, beta2=0.99,
+        eval_every=500, sample_every=500, sample_prompt="\n", sample_tokens=160, save_every=1000,
     ),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
@@ -88,8 +88,9 @@ PRESETS = {
 
 # Dense bfloat16 FLOP/s of a device, from NVIDIA's data sheets, for MFU; the first name that fits counts.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
+    "T4": 65e12,
 }  # fmt: skip
 
 DEMO_DIR = "demo_data"
@@ -106,7 +107,7 @@ def default_settings(given):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
-        name = "gpt2" if found or "data_dir" in given or given.get("eval_only") else "tiny"
+        name = "gpt2" if found or "data_dir" in given else "tiny"
     settings = PRESETS[name] | {"preset": name}
     if name == "tiny" and not found and "data_dir" not in given:
         settings["data_dir"] = DEMO_DIR
@@ -215,6 +216,8 @@ def check_settings():
         for key in keys:
             if not globals()[key] >= least:  # which is also true of nan
                 sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+    if max(beta1, beta2) >= 1:
+        sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
 
 
 def indivisible_batch(world_size):
