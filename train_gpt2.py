@@ -446,13 +446,15 @@ def main():
 
 
 if __name__ == "__main__":
-    configure(globals(), default_settings)
     try:
+        configure(globals(), default_settings)
         main()
     except torch.OutOfMemoryError:
-        sys.exit(
-            f"out of memory: try --B={max(1, B // 2)}; total_batch_size stays, so the result will be the same"
-        )
+        sys.exit(f"out of memory: try --B={max(1, B // 2)}; total_batch_size and so the result stay the same")
+    except SystemExit as e:
+        if e.code and int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)  # most likely rank 0 says the same, and torchrun ends this one: one line is enough
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
