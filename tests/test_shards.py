@@ -59,15 +59,19 @@ def test_one_document_gives_its_last_tenth_to_validation(tmp_path):
 
 
 def make_order(folder, sizes, T, seed=0):
-    """Shards in which each token is its own place; they pass for GPT-2 tokens, of which there are enough."""
+    """The order over training shards of random bytes, of so many tokens each."""
     folder.mkdir()
-    for i, size in enumerate(sizes):
-        np.save(folder / f"x_train_{i:06d}.npy", np.arange(size, dtype=np.uint16))
+    rng = np.random.default_rng(0)
+    names = [f"x_train_{i:06d}.npy" for i in range(len(sizes))]
+    for name, size in zip(names, sizes, strict=True):
+        np.save(folder / name, rng.integers(0, 256, size, dtype=np.uint16))
+    listed = [{"file": name, "split": "train"} for name in names]
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "complete": True, "shards": listed}))
     return TrainOrder(Shards(str(folder)), T, seed)
 
 
 @pytest.mark.parametrize(("sizes", "T"), [([100], 7), ([64, 129, 65], 64), ([33, 500, 17, 16, 90], 16)])
-def test_an_epoch_holds_each_window_once(tmp_path, gpt2, sizes, T):
+def test_an_epoch_holds_each_window_once(tmp_path, sizes, T):
     order = make_order(tmp_path / "s", sizes, T)
     windows = sum((size - 1) // T for size in sizes)
     assert order.per_epoch == windows
@@ -95,7 +99,7 @@ def test_an_epoch_holds_each_window_once(tmp_path, gpt2, sizes, T):
     assert len(seen_offsets) > 1
 
 
-def test_order_changes_with_epoch_and_seed(tmp_path, gpt2):
+def test_order_changes_with_epoch_and_seed(tmp_path):
     order = make_order(tmp_path / "a", [10_000, 9_000, 8_000], 64)
     first = [order.locate(n)[1:] for n in range(2 * order.per_epoch)]
     again = make_order(tmp_path / "b", [10_000, 9_000, 8_000], 64)
@@ -112,8 +116,9 @@ FIRST_THREE = [(0, 3904), (0, 8640), (0, 7360)]
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("B", [1, 2, 4])
-def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, gpt2, world_size, B):
+def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, world_size, B):
     order = make_order(tmp_path / "s", [900, 1000], 16)
+    tokens = [np.load(path) for path, _ in order.shards.train]
     sequences = 16
     for step in range(20):  # two epochs and more
         rows = []
@@ -123,12 +128,12 @@ def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, gpt2, world_si
             for x, y in batches:
                 assert x.shape == y.shape == (B, 16)
                 assert np.array_equal(x[:, 1:], y[:, :-1])
-                rows += x[:, 0].tolist()
-        expected = [order.locate(n)[2] for n in range(step * sequences, (step + 1) * sequences)]
-        assert sorted(rows) == sorted(expected)
+                rows += np.concatenate((x, y[:, -1:]), axis=1).tolist()
+        places = [order.locate(n)[1:] for n in range(step * sequences, (step + 1) * sequences)]
+        assert sorted(rows) == sorted(tokens[shard][start : start + 17].tolist() for shard, start in places)
 
 
-def test_exposure_is_what_was_read(tmp_path, gpt2):
+def test_exposure_is_what_was_read(tmp_path):
     order = make_order(tmp_path / "s", [300, 200], 16)
     seen = {(r["epoch"], r["shard"]): r["tokens"] for r in order.exposure(0, order.per_epoch + 5)}
     assert seen[0, "x_train_000000.npy"] == [[0, 288]]  # all 18 windows, joined

@@ -21,7 +21,7 @@ from tokenizer import load_tokenizer
 SMALL = [
     "--preset=tiny", "--data_dir=shards", "--n_layer=2", "--n_head=2", "--n_embd=32", "--T=32", "--B=4",
     "--total_batch_size=512", "--max_steps=8", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
-    "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
+    "--beta2=0.95", "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
 ]  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_demo_on_input_txt(spawn, tmp_path):
     train = read_log(tmp_path / "log", "train")
     assert len(train) == 20 and train[19] < train[0] - 1
     result = spawn("sample.py", "--max_new_tokens=50")
-    assert result.returncode == 0 and len(result.stdout.encode()) >= 50
+    assert result.returncode == 0 and result.stdout.startswith("\n") and len(result.stdout) > 2
     result = spawn("train_gpt2.py", "--resume", "--max_steps=21")
     assert result.returncode == 0 and list(read_log(tmp_path / "log", "train")) == list(range(21))
 
