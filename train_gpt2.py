@@ -404,6 +404,8 @@ def main():
         if stopping:
             say("stopped; the same command with --resume goes on from here")
         if stopping or step == max_steps:
+            if world_size > 1:
+                dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
             break
 
         # The update: forward and backward for each micro-batch, then one step of AdamW
