@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -43,19 +44,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, pos=0):
+    def forward(self, x, cache=None, pos=0, mask=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, nh, T, hs)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
-        mask = None
         if cache is not None:  # (2, B, nh, max_len, hs): keys and values of the positions before pos
             cache[0, :, :, pos : pos + T] = k
             cache[1, :, :, pos : pos + T] = v
             k, v = cache[:, :, :, : pos + T]
             if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=pos == 0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and pos == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=0):
-        x = x + self.attn(self.ln_1(x), cache, pos)
+    def forward(self, x, cache=None, pos=0, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -114,14 +114,19 @@ class GPT(nn.Module):
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.02 * (2 * self.config.n_layer) ** -0.5)
 
-    def hidden(self, idx, cache=None, pos=0):
-        """The final hidden states (B, T, C) of token ids idx (B, T) that start at position pos."""
+    def hidden(self, idx, cache=None, pos=0, positions=None, mask=None):
+        """The final hidden states (B, T, C) of token ids idx (B, T).
+
+        The tokens stand at pos, pos + 1, ..., behind what is in cache, and see those before them; or at
+        positions (B, T), and see those that mask (B, 1, T, T) says.
+        """
         T = idx.size(1)
-        assert pos + T <= self.config.block_size, f"{pos + T} tokens, context of {self.config.block_size}"
-        positions = torch.arange(pos, pos + T, device=idx.device)
+        if positions is None:
+            assert pos + T <= self.config.block_size, f"{pos + T} tokens, context {self.config.block_size}"
+            positions = torch.arange(pos, pos + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], pos)
+            x = block(x, None if cache is None else cache[i], pos, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -288,6 +293,66 @@ def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
+@torch.no_grad()
+def score_completions(model, pairs, batch_tokens=16384):
+    """Log-probabilities of completions, given their contexts.
+
+    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors of
+    len(pairs): the log-probability of each completion in nats (float64), and its number of tokens.
+    A context that is too long loses its beginning. Runs under the autocast of the caller.
+
+    Completions of one context share a row, so that the context is read once: each follows it at the
+    same positions, and a mask keeps them from seeing each other. Rows of similar length make a batch
+    of up to batch_tokens tokens. A compiled model is scored by its uncompiled self, since each batch
+    has a shape of its own.
+    """
+    model = getattr(model, "_orig_mod", model)
+    device, block_size = model.lm_head.weight.device, model.config.block_size
+    rows = {}  # context: {completion: [numbers of its pairs]}, all as tuples
+    for i, (context, completion) in enumerate(pairs):
+        # A completion longer than the model's context is scored in pieces, each behind the last.
+        size = len(completion) if len(completion) <= block_size else max(1, block_size // 2)
+        for start in range(0, len(completion), size):
+            piece = completion[start : start + size]
+            past = (*context, *completion[:start])[-(block_size + 1 - len(piece)) :]
+            rows.setdefault(past, {}).setdefault(tuple(piece), []).append(i)
+
+    def length(row):
+        return len(row[0]) + sum(len(piece) - 1 for piece in row[1])
+
+    sums = torch.zeros(len(pairs), dtype=torch.float64)
+    rows = sorted(rows.items(), key=length, reverse=True)
+    while rows:
+        T = length(rows[0])
+        B = max(1, batch_tokens // T)
+        batch, rows = rows[:B], rows[B:]
+        idx, positions, branch = torch.zeros(3, len(batch), T, dtype=torch.long)  # branch 0 is the context
+        row, column, target, owners = [], [], [], []  # of each prediction; owners are numbers of pairs
+        for b, (context, pieces) in enumerate(batch):
+            n = end = len(context)
+            idx[b, :n], positions[b, :n] = torch.tensor(context), torch.arange(n)
+            for k, (piece, numbers) in enumerate(pieces.items(), start=1):
+                start, end = end, end + len(piece) - 1
+                idx[b, start:end] = torch.tensor(piece[:-1])
+                positions[b, start:end] = torch.arange(n, n + len(piece) - 1)
+                branch[b, start:end] = k
+                row += [b] * len(piece)
+                column += [n - 1, *range(start, end)]
+                target += piece
+                owners += [numbers] * len(piece)
+        branch = branch.to(device)
+        mask = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        mask = mask.tril()[:, None]  # (B, 1, T, T)
+        x = model.hidden(idx.to(device), positions=positions.to(device), mask=mask)[row, column]  # (N, C)
+        losses = [
+            F.cross_entropy(model.logits(part).float(), t, reduction="none")
+            for part, t in zip(x.split(2048), torch.tensor(target, device=device).split(2048), strict=True)
+        ]
+        for numbers, loss in zip(owners, torch.cat(losses).double().tolist(), strict=True):
+            sums[numbers] -= loss
+    return sums, torch.tensor([len(completion) for _, completion in pairs])
+
+
 # -- where a model comes from ----------------------------------------------------
 
 
@@ -404,6 +469,39 @@ def pick_device(device):
     return device
 
 
+def start_processes(device):
+    """(rank, world_size, device) of this process, with pick_device's device.
+
+    torchrun starts one process a device and says so in the environment: join them, by NCCL on GPUs and
+    gloo on CPUs. Alone, this is rank 0 of 1.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = pick_device(device)
+    if world_size <= 1:
+        return 0, 1, device
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            sys.exit(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()}")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    else:  # torchrun allows each process one thread: share the cores instead
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world_size, device
+
+
+def local_first(load):
+    """load(), on the first process of each machine before the others, which find what it has fetched."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    try:
+        return load()
+    finally:
+        if first and dist.is_initialized():
+            dist.barrier()
+
+
 def pick_dtype(dtype, device):
     """A torch.dtype from "float32", "bfloat16", "float16" or "auto".
 
@@ -420,3 +518,9 @@ def pick_dtype(dtype, device):
     if dtype not in names:
         sys.exit(f"--dtype={dtype}: choose auto, {', '.join(names)}")
     return names[dtype]
+
+
+def pick_autocast(dtype, device):
+    """The context that runs matrix products in pick_dtype's type and keeps the rest in float32."""
+    dtype = pick_dtype(dtype, device)
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)

@@ -15,6 +15,7 @@ of processes and any B: see shards.py. Step s is logged before its update, so mo
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,9 +29,21 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import ewok
+import hellaswag
 from configurator import configure, current_settings
 from fineweb import write_demo_shards
-from model import GPT, GPTConfig, load_checkpoint, load_model, pick_device, pick_dtype, stream_text
+from model import (
+    GPT,
+    GPTConfig,
+    load_checkpoint,
+    load_model,
+    local_first,
+    pick_autocast,
+    pick_dtype,
+    start_processes,
+    stream_text,
+)
 from shards import Shards, TrainOrder, has_shards, val_batches
 from tokenizer import token_byte_lengths, tokenizer_state
 
@@ -62,6 +75,9 @@ beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # every so many steps; 0: never
 eval_every = 250  # validation loss
+hellaswag_every = 250  # HellaSwag, as python hellaswag.py scores it
+hellaswag_limit = 0  # on only the first so many of its items; 0: all
+ewok_every = 250  # EWoK, as python ewok.py scores it
 val_tokens = 10_485_760  # tokens it is measured on: the first of the validation shards, or all if fewer
 sample_every = 250  # text from the model
 sample_prompt = "Hello, I'm a language model,"  # how it starts; empty: <|endoftext|>
@@ -78,7 +94,8 @@ PRESETS = {
     "tiny": dict(
         n_layer=3, n_head=2, n_embd=128, B=12, T=64, total_batch_size=768,
         max_steps=3000, warmup_steps=100, max_lr=4e-3, min_lr=1e-4, beta2=0.99,
-        eval_every=500, sample_every=500, sample_prompt="\n", sample_tokens=160, save_every=1000,
+        eval_every=500, hellaswag_every=0, ewok_every=0, save_every=1000,
+        sample_every=500, sample_prompt="\n", sample_tokens=160,
     ),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
@@ -211,7 +228,15 @@ def check_settings():
     """Exit with one line if a number makes no sense."""
     positive = ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "val_tokens", "sample_tokens")
     at_least_0 = ("seed", "max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "beta1", "beta2")
-    at_least_0 += ("grad_clip", "eval_every", "sample_every", "save_every", "exposure_every")
+    at_least_0 += (
+        "grad_clip",
+        "eval_every",
+        "hellaswag_every",
+        "hellaswag_limit",
+        "ewok_every",
+        "sample_every",
+    )
+    at_least_0 += ("save_every", "exposure_every")
     for least, keys in ((1, positive), (0, at_least_0)):
         for key in keys:
             if not globals()[key] >= least:  # which is also true of nan
@@ -238,6 +263,28 @@ def use_compile(device_type):
     return choices[compile.lower()]
 
 
+def make_demo_data():
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (resume and has_shards(DEMO_DIR)):
+        print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
+        write_demo_shards(DEMO_DIR)
+
+
+def load_eval_items(name, load, where, say):
+    """The items of an eval; None, after a warning, if a process cannot have them: the run goes on."""
+    items, why = None, "another process has none"
+    try:
+        items = local_first(load)
+    except SystemExit as e:
+        why = e
+    found = torch.tensor(items is not None, dtype=torch.int, device=where)
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    if not found:
+        say(f"warning: this run goes without {name}: {why}")
+        return None
+    return items
+
+
 def check_tokenizer(name, enc, shards):
     if tokenizer_state(enc) != tokenizer_state(shards.enc):
         sys.exit(
@@ -251,25 +298,12 @@ def check_tokenizer(name, enc, shards):
 
 def main():
     check_settings()
-    # Processes and device. torchrun starts one process a device and sets these; alone, it is rank 0 of 1.
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, where = start_processes(device)
     master = rank == 0
     say = print if master else lambda *args, **kwargs: None
-    where = pick_device(device)
     device_type = where.split(":")[0]
-    if world_size > 1:
-        if device_type == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                sys.exit(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()}")
-            where = f"cuda:{local_rank}"
-            torch.cuda.set_device(where)
-        else:  # torchrun allows each process one thread: share the cores instead
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    precision = pick_dtype(dtype, where)
+    precision, autocast = pick_dtype(dtype, where), pick_autocast(dtype, where)
     torch.set_float32_matmul_precision("high")
-    autocast = torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
     def to_device(array):
         tensor = torch.from_numpy(array)
@@ -277,11 +311,7 @@ def main():
 
     # Data
     if data_dir == DEMO_DIR:
-        if master and not (resume and has_shards(DEMO_DIR)):
-            print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
-            write_demo_shards(DEMO_DIR)
-        if world_size > 1:
-            dist.barrier()
+        local_first(make_demo_data)
     shards = Shards(data_dir)
     if eval_only:
         model, enc = load_model(ckpt, where, log_dir)
@@ -325,7 +355,7 @@ def main():
     model = torch.compile(raw_model) if use_compile(device_type) else raw_model
     train_model = model
     if world_size > 1:
-        train_model = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None)
+        train_model = DDP(model, device_ids=[where] if device_type == "cuda" else None)
 
     name = torch.cuda.get_device_name() if device_type == "cuda" else device_type
     flops_per_token = raw_model.flops_per_token(T)
@@ -337,6 +367,13 @@ def main():
         f"{order.per_epoch / sequences:,.1f} steps an epoch of {data_dir}"
     )
 
+    # What to evaluate on, the log, and how to stop
+    hellaswag_items, ewok_items = None, None
+    if hellaswag_every:
+        load = functools.partial(hellaswag.load_items, limit=hellaswag_limit)
+        hellaswag_items = load_eval_items("HellaSwag", load, where, say)
+    if ewok_every:
+        ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
     log_files = open_log(log_dir, start_step if saved else None, evaluated) if master else {}
     settings = current_settings(globals())
     saved_step = start_step if saved else None
@@ -371,6 +408,20 @@ def main():
                 val_loss = result["loss"]
                 log(step, "val", val_loss, **result)
                 say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte")
+            if due(hellaswag_every, step) and hellaswag_items:
+                with autocast:
+                    result = hellaswag.evaluate(
+                        raw_model, enc, hellaswag_items, rank=rank, world_size=world_size
+                    )
+                log(step, "hella", result["acc_norm"], **result)
+                say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
+            if due(ewok_every, step) and ewok_items:
+                with autocast:
+                    result, _ = ewok.evaluate(raw_model, enc, ewok_items, rank=rank, world_size=world_size)
+                log(step, "ewok", result["context"], **result)
+                say(
+                    f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean"
+                )
             if due(sample_every, step) and master:
                 rng = torch.Generator(where).manual_seed(seed)
                 with autocast:

@@ -1,0 +1,179 @@
+"""HellaSwag: which of four endings continues a text? (https://arxiv.org/abs/1905.07830)
+
+    python hellaswag.py --ckpt                          # the newest checkpoint in log/, all 10,042 items
+    python hellaswag.py --ckpt=gpt2-xl --style=both --limit=1000
+    torchrun --standalone --nproc_per_node=8 hellaswag.py --ckpt
+
+Each ending is scored by its log-probability behind the context; no examples are shown. Two styles:
+
+completion  The text is ctx, the ending " " + ending. acc takes the ending of the highest summed
+            log-probability, acc_norm that of the highest mean a token. As in build-nanogpt and llm.c;
+            its acc_norm is `hella` in log.txt.
+harness     The text is "activity_label: ctx", freed of WikiHow's brackets; acc_norm divides by the
+            ending's length in characters. As lm-evaluation-harness's task, for published numbers.
+
+Published: GPT-2 124M 28.6 acc, 29.6 acc_norm (completion); GPT-3 124M 33.7 acc_norm.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+
+import requests
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from configurator import configure
+from fineweb import download
+from model import load_model, local_first, pick_autocast, score_completions, start_processes
+
+# -- settings: override any with --key=value --------------------------------------
+ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+log_dir = "log"  # where latest is looked for
+style = "completion"  # completion, harness or both
+split = "val"  # val or train
+data = ""  # a local .jsonl file in HellaSwag's format; empty: the split, downloaded once to hellaswag/
+limit = 0  # only the first so many items; 0: all
+batch_tokens = 16384  # tokens in a batch; changes memory and speed, not the result
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
+
+
+def load_items(path="", split="val", limit=0):
+    """The items, a list of dicts, of a local .jsonl file or of a split, which is downloaded once.
+
+    Exits with one line if the file cannot be had or one of its lines is not an item.
+    """
+    if not path:
+        path = os.path.join("hellaswag", f"hellaswag_{split}.jsonl")
+        if not os.path.exists(path):
+            os.makedirs("hellaswag", exist_ok=True)
+            try:
+                download(URL.format(split=split), path)
+            except requests.RequestException as e:
+                sys.exit(f"cannot download HellaSwag ({type(e).__name__}): put {URL} at {path}")
+    items = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, start=1):
+                if len(items) == limit > 0:
+                    break
+                items.append(parse(line, f"{path} line {number}"))
+    except (OSError, UnicodeDecodeError) as e:
+        sys.exit(f"{path}: cannot read this file ({e})")
+    if not items:
+        sys.exit(f"{path}: holds no items")
+    return items
+
+
+def parse(line, where):
+    """The item of a line of HellaSwag's jsonl; exits with one line if it is none."""
+    try:
+        item = json.loads(line)
+        texts = [item["ctx"], item["ctx_a"], item["ctx_b"], item["activity_label"], *item["endings"]]
+        whole = all(isinstance(text, str) for text in texts) and len(texts) == 8 and item["label"] in range(4)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        sys.exit(f"{where}: not a HellaSwag item: ctx, ctx_a, ctx_b, activity_label, 4 endings, label")
+    return item
+
+
+def completion_style(item, enc):
+    """(context, endings) of an item as token ids, and the length of each ending in tokens."""
+    endings = [enc.encode_ordinary(" " + ending) for ending in item["endings"]]
+    return [(enc.encode_ordinary(item["ctx"]), ending) for ending in endings], [len(e) for e in endings]
+
+
+def harness_style(item, enc):
+    """The same in lm-evaluation-harness's form, and the length of each ending in characters.
+
+    It encodes context and ending together, and takes what follows the tokens of the context alone.
+    """
+
+    def clean(text):
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    query = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+    context = enc.encode_ordinary(query.rstrip())
+    endings = [clean(ending) for ending in item["endings"]]
+    pairs = [(context, enc.encode_ordinary(f"{query} {ending}")[len(context) :]) for ending in endings]
+    return pairs, [len(ending) for ending in endings]
+
+
+STYLES = {"completion": completion_style, "harness": harness_style}
+
+
+def predict(model, enc, items, style="completion", batch_tokens=16384):
+    """(by sum, by normalised sum): the index of the best ending of each item, two lists of ints."""
+    prepared = [STYLES[style](item, enc) for item in items]
+    sums, _ = score_completions(model, [pair for pairs, _ in prepared for pair in pairs], batch_tokens)
+    lengths = torch.tensor([lengths for _, lengths in prepared])
+    sums = sums.view(-1, 4)
+    return sums.argmax(1).tolist(), (sums / lengths).argmax(1).tolist()
+
+
+def evaluate(model, enc, items, style="completion", batch_tokens=16384, rank=0, world_size=1):
+    """{"acc", "acc_norm", "stderr", "count", "seconds"} of a model on items, divided among ranks.
+
+    acc and acc_norm are shares of 1, stderr is acc_norm's. Every rank gets the result of all.
+    """
+    start = time.perf_counter()
+    mine = items[rank::world_size]
+    counts = torch.zeros(3, dtype=torch.long)  # right by sum, right by normalised sum, all
+    chunk = 256  # items between two looks at the bar
+    with tqdm(total=len(mine), desc=f"HellaSwag {style}", leave=False, disable=rank != 0) as bar:
+        for i in range(0, len(mine), chunk):
+            part = mine[i : i + chunk]
+            labels = [item["label"] for item in part]
+            for k, predicted in enumerate(predict(model, enc, part, style, batch_tokens)):
+                counts[k] += sum(p == label for p, label in zip(predicted, labels, strict=True))
+            counts[2] += len(part)
+            bar.set_postfix(acc_norm=f"{counts[1] / counts[2]:.4f}")
+            bar.update(len(part))
+    if world_size > 1:
+        counts = counts.to(model.lm_head.weight.device)
+        dist.all_reduce(counts)
+    right, right_norm, count = counts.tolist()
+    acc_norm = right_norm / count
+    return {
+        "acc": right / count,
+        "acc_norm": acc_norm,
+        "stderr": (acc_norm * (1 - acc_norm) / count) ** 0.5,
+        "count": count,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main():
+    if style not in (*STYLES, "both"):
+        sys.exit(f"--style={style}: choose completion, harness or both")
+    if split not in ("val", "train"):
+        sys.exit(f"--split={split}: choose val or train")
+    rank, world_size, where = start_processes(device)
+    autocast = pick_autocast(dtype, where)
+    items = local_first(lambda: load_items(data, split, limit))
+    model, enc = load_model(ckpt, where, log_dir)
+    rows = []
+    for name in STYLES if style == "both" else (style,):
+        with autocast:
+            r = evaluate(model, enc, items, name, batch_tokens, rank, world_size)
+        rows.append((f"{ckpt}, {name}", r["acc"], r["acc_norm"], r["stderr"], r["count"], r["seconds"]))
+    if rank == 0:
+        print(f"{'':32} {'acc':>7} {'acc_norm':>9} {'stderr':>7} {'count':>7} {'seconds':>8}")
+        for name, acc, acc_norm, stderr, count, seconds in rows:
+            print(f"{name:32} {acc:7.2%} {acc_norm:9.2%} {stderr:7.2%} {count:7d} {seconds:8.1f}")
+        print(
+            f"{'GPT-2 124M, completion':32} {'28.6%':>7} {'29.6%':>9}\n{'GPT-3 124M':32} {'':>7} {'33.7%':>9}"
+        )
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
