@@ -88,8 +88,11 @@ def read_file(path, settings):
             continue  # a docstring
         where = f"{path} line {node.lineno}"
         try:
-            key, value = node.targets[0].id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+            (target,) = node.targets
+            key, value = target.id, ast.literal_eval(node.value)
+            if type(value) not in EXPECTED:
+                raise ValueError
+        except (AttributeError, ValueError, TypeError):
             sys.exit(f"{where}: expected key = literal, such as max_steps = 1000")
         check_name(key, settings, where)
         given[key] = convert(str(value), settings[key][0], f"{where}: {key} = {value!r}")
@@ -127,9 +130,10 @@ def parse_command_line(args, settings):
 def print_help(module, settings):
     print((module["__doc__"] or "").strip())
     print("\nsettings:")
-    width = max(len(f"{name}={default}") for name, (default, _) in settings.items())
-    for name, (default, comment) in settings.items():
-        print(f"  --{f'{name}={default}':<{width}}  {comment}".rstrip())
+    shown = {name: f"--{name}={default}".replace("\n", "\\n") for name, (default, _) in settings.items()}
+    width = max(map(len, shown.values()))
+    for name, (_, comment) in settings.items():
+        print(f"  {shown[name]:<{width}}  {comment}".rstrip())
 
 
 def configure(module, presets=None):

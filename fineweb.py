@@ -38,11 +38,11 @@ streaming = True  # read while downloading; False downloads everything first
 shuffle_buffer = 0  # shuffle documents through a buffer of this many as they stream; 0: leave their order
 seed = 1337  # of that shuffle
 
-HUB = {  # name: (repository, its text column)
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", None),
-    "fineweb": ("HuggingFaceFW/fineweb", None),
-    "openwebtext": ("Skylion007/openwebtext", None),
-    "smol-smoltalk": ("HuggingFaceTB/smol-smoltalk", "messages"),
+HUB = {
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+    "fineweb": "HuggingFaceFW/fineweb",
+    "openwebtext": "Skylion007/openwebtext",
+    "smol-smoltalk": "HuggingFaceTB/smol-smoltalk",
 }
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -54,11 +54,18 @@ def download(url, path, timeout=30):
     with requests.get(url, stream=True, timeout=timeout) as r:
         r.raise_for_status()
         total = int(r.headers.get("content-length", 0)) or None
-        with open(path + ".tmp", "wb") as f, tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
-            for chunk in r.iter_content(1 << 20):
-                f.write(chunk)
-                bar.update(len(chunk))
-    os.replace(path + ".tmp", path)
+        try:
+            with (
+                open(path + ".tmp", "wb") as f,
+                tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar,
+            ):
+                for chunk in r.iter_content(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+            os.replace(path + ".tmp", path)
+        except BaseException:
+            os.remove(path + ".tmp")
+            raise
 
 
 def read_text(path):
@@ -87,15 +94,24 @@ def find_files(path):
     return found
 
 
-def open_dataset(*args, shuffle_buffer=0, seed=0, streaming=True, **kwargs):
-    """The rows (dicts) of datasets.load_dataset(*args, **kwargs)'s train split."""
+def text_rows(paths):
+    for path in paths:
+        yield from ({"text": text} for text in read_text(path))
+
+
+def open_rows(dataset, subset, streaming):
+    """The `datasets` objects that hold a dataset's documents as rows, by its name or path."""
     import datasets
 
-    rows = datasets.load_dataset(*args, split="train", streaming=streaming, **kwargs)
-    if shuffle_buffer:
-        rows = rows if streaming else rows.to_iterable_dataset()
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return iter(rows)
+    if dataset in HUB:
+        args = (HUB[dataset], subset) if dataset.startswith("fineweb") else (HUB[dataset],)
+        return [datasets.load_dataset(*args, split="train", streaming=streaming)]
+    return [
+        datasets.IterableDataset.from_generator(text_rows, gen_kwargs={"paths": paths})
+        if kind == "text"
+        else datasets.load_dataset(kind, data_files=paths, split="train", streaming=streaming)
+        for kind, paths in find_files(dataset).items()
+    ]
 
 
 def flatten_chat(messages):
@@ -103,45 +119,31 @@ def flatten_chat(messages):
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
 
 
-def documents(dataset, subset=None, text_column="text", **options):
+def documents(dataset, subset=None, text_column="text", streaming=True, shuffle_buffer=0, seed=0):
     """Yield the texts of a dataset by its name here, or of a local file or folder.
 
-    options: streaming, shuffle_buffer and seed. Rows whose text is missing or empty are left out.
-    Exits with one line if the source cannot be had, has no such column, or is damaged.
+    Rows whose text is missing or empty are left out; chats, in a column `messages`, become text. Exits
+    with one line if the source cannot be had, has no such column, or is damaged.
     """
-    sources = []  # iterators over rows
     if dataset == "tinyshakespeare":
-        path = "tinyshakespeare.txt"
-        if not os.path.exists(path):
+        dataset = "tinyshakespeare.txt"
+        if not os.path.exists(dataset):
             try:
-                download(TINYSHAKESPEARE, path)
+                download(TINYSHAKESPEARE, dataset)
             except requests.RequestException as e:
-                sys.exit(f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put the file at {path}")
-        dataset = path
+                sys.exit(f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {dataset}")
     try:
-        if dataset in HUB:
-            name, column = HUB[dataset]
-            text_column = column or text_column
-            args = (name, subset) if dataset.startswith("fineweb") else (name,)
-            sources.append(open_dataset(*args, **options))
-        elif os.path.exists(dataset):
-            for kind, paths in find_files(dataset).items():
-                if kind == "text":
-                    sources.append({text_column: text} for path in paths for text in read_text(path))
-                else:
-                    sources.append(open_dataset(kind, data_files=paths, **options))
-        else:
-            sys.exit(
-                f"--dataset={dataset}: no such file or folder; known names: {', '.join(HUB)}, tinyshakespeare"
-            )
-        for rows in sources:
+        for rows in open_rows(dataset, subset, streaming):
+            if shuffle_buffer:
+                rows = rows if streaming else rows.to_iterable_dataset()
+                rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
             for row in rows:
-                if text_column not in row:
+                text = row.get(text_column, row.get("messages", row))
+                if text is row:
                     columns = ", ".join(row)
                     sys.exit(
                         f"{dataset} has no column {text_column!r}: use --text_column= with one of {columns}"
                     )
-                text = row[text_column]
                 text = flatten_chat(text) if isinstance(text, list) else text
                 if isinstance(text, str) and text:
                     yield text
@@ -200,17 +202,22 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
     writer = ShardWriter(out_dir, prefix, enc, shard_size, about)
     bar = tqdm(total=max_tokens or None, unit="tok", unit_scale=True, desc=out_dir)
     with bar, contextlib.closing(tokenize(texts, enc, token_dtype(enc))) as batches:
+        written = 0
         for tokens in batches:
-            tokens = tokens[: max_tokens - bar.n] if max_tokens else tokens
+            tokens = tokens[: max_tokens - written] if max_tokens else tokens
             writer.add(tokens)
+            written += len(tokens)
             bar.update(len(tokens))
-            if bar.n == max_tokens:
+            if written == max_tokens:
                 break
     return writer.close()
 
 
 def write_demo_shards(out_dir):
-    """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source."""
+    """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
+
+    Returns meta.json's dict.
+    """
     source = "input.txt"
     if not os.path.exists(source):
         try:
@@ -224,15 +231,21 @@ def write_demo_shards(out_dir):
         np.random.default_rng(0).shuffle(paths)
         texts = itertools.chain.from_iterable(map(read_text, paths))
     enc = load_tokenizer("bytes")
-    write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, dataset=source, subset=None, seed=None)
+    about = {"dataset": source, "subset": None, "seed": None}
+    return write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, **about)
 
 
 def main():
     for key, least in (("shard_size", 1), ("max_tokens", 0), ("shuffle_buffer", 0), ("seed", 0)):
         if globals()[key] < least:
             sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        sys.exit(f"--out_dir={out_dir}: is a file, expected a folder")
     if has_shards(out_dir):
         sys.exit(f"{out_dir} holds shards already: choose another --out_dir, or delete it to start over")
+    if dataset not in (*HUB, "tinyshakespeare") and not os.path.exists(dataset):
+        names = ", ".join([*HUB, "tinyshakespeare"])
+        sys.exit(f"--dataset={dataset}: no such file or folder; known names: {names}")
     enc = load_tokenizer(tokenizer)
     options = {"streaming": streaming, "shuffle_buffer": shuffle_buffer, "seed": seed}
     texts = documents(dataset, subset, text_column, **options)
@@ -244,9 +257,14 @@ def main():
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, docs, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
         print(f"{split}: {len(shards)} shards, {docs:,} documents, {tokens:,} tokens, {size:,} bytes")
-    print(f"train on them with: python train_gpt2.py --data_dir={out_dir}")
+    print(
+        f"train GPT-2 124M on them: python train_gpt2.py --data_dir={out_dir}; on a laptop add --preset=tiny"
+    )
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; {out_dir} is not complete: delete it to start over")

@@ -56,7 +56,9 @@ def load_items(path="", split="val", limit=0):
             try:
                 download(URL.format(split=split), path)
             except requests.RequestException as e:
-                sys.exit(f"cannot download HellaSwag ({type(e).__name__}): put {URL} at {path}")
+                sys.exit(
+                    f"cannot download HellaSwag ({type(e).__name__}): put {URL.format(split=split)} at {path}"
+                )
     items = []
     try:
         with open(path, encoding="utf-8") as f:

@@ -211,8 +211,8 @@ class GPT(nn.Module):
             model = cls(config)
         try:
             model.load_state_dict(state, assign=True)
-        except RuntimeError as e:
-            first = str(e).splitlines()[1].strip()
+        except (RuntimeError, TypeError) as e:
+            first = str(e).splitlines()[-1].strip()
             sys.exit(f"{source}: its weights are not those of a GPT-2 with {config}: {first}")
         model.lm_head.weight = model.transformer.wte.weight
         return model
@@ -233,6 +233,8 @@ class GPT(nn.Module):
         tensors = read_hf_tensors(folder)
         if "wte.weight" in tensors:  # a GPT2Model, without the language-model head
             tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        if "transformer.wte.weight" not in tensors:
+            sys.exit(f"{source}: holds no GPT-2, there is no wte.weight among its tensors")
         wte = tensors["transformer.wte.weight"]
         if not torch.equal(tensors.pop("lm_head.weight", wte), wte):
             sys.exit(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
@@ -412,7 +414,7 @@ def download_openai(name):
     except (OSError, ValueError) as e:
         sys.exit(
             f"cannot get {' and '.join(files)} of openai-community/{name} from the Hugging Face cache or "
-            f"hub ({type(e).__name__}): go online once, or give --ckpt= a folder that holds them"
+            f"hub ({type(e).__name__}): go online once, or name a folder that holds them"
         )
 
 
@@ -429,13 +431,18 @@ def config_from_hf(hf, source):
     for key, value in released.items():
         if hf.get(key, value) != value:
             sys.exit(f"{source}: its config.json says {key}={hf[key]}; GPT-2 as released has {value}")
-    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+    try:
+        config = GPTConfig(*(hf[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")))
+    except KeyError as e:
+        sys.exit(f"{source}: its config.json has no {e}")
+    if hf.get("n_inner") not in (None, 4 * config.n_embd):
         sys.exit(f"{source}: its config.json says n_inner={hf['n_inner']}; GPT-2 as released has 4 * n_embd")
-    return GPTConfig(hf["n_positions"], hf["vocab_size"], hf["n_layer"], hf["n_head"], hf["n_embd"])
+    return config
 
 
 def read_hf_tensors(folder):
     """{name: tensor} of all weights in a Hugging Face folder, safetensors before .bin."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -448,7 +455,10 @@ def read_hf_tensors(folder):
         if os.path.exists(paths[0]):
             tensors = {}
             for path in paths:
-                tensors.update(load_file(path) if path.endswith(".safetensors") else load_checkpoint(path))
+                try:
+                    tensors |= load_file(path) if path.endswith(".safetensors") else load_checkpoint(path)
+                except (OSError, SafetensorError) as e:
+                    sys.exit(f"{path}: cannot be read ({e})")
             return tensors
     sys.exit(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, whole or sharded")
 
@@ -476,17 +486,23 @@ def start_processes(device):
     gloo on CPUs. Alone, this is rank 0 of 1.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if world_size > 1 and device in ("auto", "cuda"):
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus and (gpus or device == "cuda"):
+            sys.exit(f"more processes than GPUs: use --nproc_per_node={gpus}, or --device=cpu")
+        device = f"cuda:{local_rank}" if gpus else "cpu"
     device = pick_device(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     if world_size <= 1:
         return 0, 1, device
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            sys.exit(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()}")
-        device = f"cuda:{local_rank}"
-        torch.cuda.set_device(device)
-    else:  # torchrun allows each process one thread: share the cores instead
+    if device.startswith("cuda"):
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("gloo")
+    else:
+        sys.exit(f"--device={device}: one process only; for several use --device=cpu")
     return rank, world_size, device
 
 

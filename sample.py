@@ -9,7 +9,6 @@ Text streams to the terminal as it is made. All samples are made at once, as row
 first one streams, the others follow when it is done.
 """
 
-import os
 import sys
 
 import torch
@@ -36,7 +35,7 @@ RULE = "-" * 80  # between samples
 
 
 def main():
-    if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if num_samples < 1 or max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         sys.exit(
             "expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1"
         )
@@ -47,13 +46,14 @@ def main():
                 start = f.read()
         except (OSError, UnicodeDecodeError) as e:
             sys.exit(f"--prompt={prompt}: cannot read this file ({e})")
-    try:
-        open(out or os.devnull, "w").close()  # empty it now: each prompt adds to it
-    except OSError as e:
-        sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
     where = pick_device(device)
     model, enc = load_model(ckpt, where, log_dir)
     model.to(pick_dtype(dtype, where))
+    if out:
+        try:
+            open(out, "w").close()  # empty it now: each prompt adds to it
+        except OSError as e:
+            sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = torch.Generator(where).manual_seed(seed)
 
@@ -70,16 +70,17 @@ def main():
 
     if not interactive:
         sample(start)
-    while interactive:
-        try:
-            start = input("prompt> ")
-        except EOFError:
-            break
-        if not start:
-            break
-        sample(start)
+        return
+    try:
+        while line := input("prompt> "):
+            sample(line)
+    except EOFError:
+        pass
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -26,6 +26,15 @@ from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 # -- writing ----------------------------------------------------------------------
 
 
+def write_whole(path, write):
+    """write(file) under a temporary name, then rename: the file at path is always a whole one."""
+    with open(path + ".tmp", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
 def token_dtype(enc):
     return np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32
 
@@ -39,8 +48,11 @@ class ShardWriter:
 
     def __init__(self, out_dir, prefix, enc, shard_size, about):
         self.out_dir, self.prefix, self.enc, self.shard_size = out_dir, prefix, enc, shard_size
-        self.byte_lengths = np.array(token_byte_lengths(enc))
-        self.buffer = np.empty(2 * shard_size, token_dtype(enc))
+        self.byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
+        try:
+            self.buffer = np.empty(2 * shard_size, token_dtype(enc))
+        except MemoryError:
+            sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
         self.held = 0  # tokens in the buffer
         state = tokenizer_state(enc)
         self.meta = {
@@ -51,18 +63,17 @@ class ShardWriter:
             "complete": False,
             "shards": [],
         }
-        os.makedirs(out_dir, exist_ok=True)
-        if not isinstance(state, str):
-            self._write("tokenizer.json", lambda f: f.write(json.dumps(state).encode()))
+        self.tokenizer = state
 
     def add(self, tokens):
         while len(tokens):
-            new = tokens[: len(self.buffer) - self.held]
+            full = self.shard_size * (1 if self.meta["shards"] else 2)
+            new = tokens[: full - self.held]
             self.buffer[self.held : self.held + len(new)] = new
             self.held += len(new)
             tokens = tokens[len(new) :]
-            if self.held == len(self.buffer):
-                self._flush(self.buffer)
+            if self.held == full:
+                self._flush(self.buffer[:full])
 
     def close(self):
         """Write what is left; returns the dict of meta.json. Exits if there never was a token."""
@@ -90,30 +101,30 @@ class ShardWriter:
 
     def _write_shard(self, tokens):
         i = len(self.meta["shards"])
+        if i == 0:
+            os.makedirs(self.out_dir, exist_ok=True)
+            if not isinstance(self.tokenizer, str):
+                write_whole(
+                    f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode())
+                )
+            self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
-        self._write(name, lambda f: np.save(f, tokens))
+        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
         self.meta["shards"].append(
             {
                 "file": name,
                 "split": split,
                 "tokens": len(tokens),
                 "documents": int((tokens == self.enc.eot_token).sum()),
-                "bytes": int(self.byte_lengths[tokens].sum()),
+                "bytes": int(self.byte_lengths[tokens].sum(dtype=np.int64)),
             }
         )
         self._write_meta()
 
     def _write_meta(self):
-        self._write("meta.json", lambda f: f.write(json.dumps(self.meta, indent=1).encode()))
-
-    def _write(self, name, write):
-        path = os.path.join(self.out_dir, name)
-        with open(path + ".tmp", "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        path = os.path.join(self.out_dir, "meta.json")
+        write_whole(path, lambda f: f.write(json.dumps(self.meta, indent=1).encode()))
 
 
 # -- reading ----------------------------------------------------------------------
@@ -158,13 +169,24 @@ class Shards:
             try:
                 with open(path) as f:
                     meta = json.load(f)
-            except (OSError, ValueError) as e:
-                sys.exit(f"{path}: cannot be read ({e}); make the shards again with python fineweb.py")
+                (
+                    [(shard["file"], shard["split"]) for shard in meta["shards"]],
+                    meta["complete"],
+                    meta["tokenizer"],
+                )
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                sys.exit(
+                    f"{path}: damaged ({type(e).__name__}: {e}); make the shards again with python fineweb.py"
+                )
         else:
             for name in sorted(os.listdir(self.data_dir)):
                 split = re.search(r"(train|val)\D*\d*\.npy$", name)
                 if split:
                     meta["shards"].append({"file": name, "split": split[1]})
+            if not meta["shards"]:
+                sys.exit(
+                    f"{self.data_dir}: shards are named *_train_000001.npy and *_val_000000.npy; none here is"
+                )
         self.complete = meta["complete"]
         self.train, self.val = [], []
         for shard in meta["shards"]:
@@ -219,17 +241,21 @@ class TrainOrder:
         order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
         return order, self.counts[order].cumsum()
 
-    def locate(self, n):
-        """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard.
-
-        While fineweb.py is still writing, waits for the shard that holds it.
-        """
+    def wait_for(self, n, stopped=lambda: False):
+        """Wait until fineweb.py has written sequence n; False if stopped() came first."""
         if not self.shards.complete and n >= self.per_epoch:
             self.say(f"waiting for fineweb.py to write training shard {len(self.counts) + 1}")
-            while not self.shards.complete and n >= self.per_epoch:
-                time.sleep(self.poll_seconds)
-                self.shards.refresh()
-                self._count()
+        while not self.shards.complete and n >= self.per_epoch:
+            if stopped():
+                return False
+            time.sleep(self.poll_seconds)
+            self.shards.refresh()
+            self._count()
+        return True
+
+    def locate(self, n):
+        """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard."""
+        self.wait_for(n)
         epoch, rank = divmod(n, self.per_epoch)
         order, ends = self._shard_ends(epoch)
         place = int(np.searchsorted(ends, rank, side="right"))
@@ -239,15 +265,15 @@ class TrainOrder:
     def batches(self, step, sequences, B, rank=0, world_size=1):
         """Yield one process's micro-batches of a step of so many sequences, in turns of B each.
 
-        Each is (x, y), int64 arrays of shape (B, T); y is x one token later.
+        Each is an int64 array (B, T + 1): the inputs are all but the last column, the targets all but
+        the first.
         """
         for first in range(step * sequences + rank * B, (step + 1) * sequences, world_size * B):
-            rows = []
-            for n in range(first, first + B):
-                _, shard, start = self.locate(n)
-                rows.append(self.shards.read(self.shards.train[shard][0], start, self.T + 1))
-            rows = np.stack(rows)
-            yield rows[:, :-1], rows[:, 1:]
+            places = [self.locate(n) for n in range(first, first + B)]
+            paths = [self.shards.train[shard][0] for _, shard, _ in places]
+            yield np.stack(
+                [self.shards.read(p, start, self.T + 1) for p, (*_, start) in zip(paths, places, strict=True)]
+            )
 
     def exposure(self, first, last):
         """Yield what sequences first .. last - 1 are, as {"epoch", "shard", "tokens"}.
@@ -268,20 +294,20 @@ class TrainOrder:
             yield {"epoch": epoch, "shard": os.path.basename(self.shards.train[shard][0]), "tokens": ranges}
 
 
-def val_batches(shards, B, T, max_tokens, rank=0, world_size=1):
-    """Yield (x, y) of shape (B, T) that cover the first max_tokens validation tokens, each once.
-
-    y is -1 where there is nothing to predict: behind the end of a shard, and in the rows that fill
-    up the last batch. Of the batches, every world_size-th from the rank-th on.
-    """
-    rows = []
+def val_windows(shards, T, max_tokens):
+    """(path, start, count) of the windows that cover the first max_tokens validation tokens, each once."""
+    windows = []
     for path, size in shards.val:
         size = min(size, max_tokens)
         max_tokens -= size
-        rows += [(path, start, min(T + 1, size - start)) for start in range(0, size - 1, T)]
-    for i in range(rank * B, len(rows), world_size * B):
-        x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
-        for row, (path, start, count) in enumerate(rows[i : i + B]):
-            tokens = shards.read(path, start, count)
-            x[row, : count - 1], y[row, : count - 1] = tokens[:-1], tokens[1:]
-        yield x, y
+        windows += [(path, start, min(T + 1, size - start)) for start in range(0, size - 1, T)]
+    return windows
+
+
+def read_windows(shards, windows, B, T):
+    """(x, y), int64 arrays (B, T) of up to B windows; y is -1 where there is nothing to predict."""
+    x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
+    for row, (path, start, count) in enumerate(windows):
+        tokens = shards.read(path, start, count)
+        x[row, : count - 1], y[row, : count - 1] = tokens[:-1], tokens[1:]
+    return x, y

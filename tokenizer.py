@@ -43,6 +43,8 @@ def load_tokenizer(name):
                 state = json.load(f)
         else:
             state = name
+        if EOT not in state["special_tokens"] or state["name"] in ("gpt2", "bytes"):
+            raise ValueError(f"it needs {EOT} and a name of its own")
         return tiktoken.Encoding(
             state["name"],
             pat_str=state["pat_str"],

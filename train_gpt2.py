@@ -4,7 +4,7 @@
     python train_gpt2.py --data_dir=my_shards --B=16      # one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --max_steps=57219
     python train_gpt2.py --resume                         # go on where log/ stopped
-    python train_gpt2.py --init_from=gpt2 --max_lr=3e-5   # fine-tune OpenAI's weights
+    python train_gpt2.py --init_from=gpt2 --max_lr=3e-5 --min_lr=3e-6 --warmup_steps=50   # fine-tune
     python train_gpt2.py --eval_only=True --ckpt=gpt2     # validation loss of any model
 
 The defaults are the run of build-nanogpt: GPT-2 124M, 0.5M tokens a step, GPT-3's schedule. Writes to
@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -44,7 +45,7 @@ from model import (
     start_processes,
     stream_text,
 )
-from shards import Shards, TrainOrder, has_shards, val_batches
+from shards import Shards, TrainOrder, has_shards, read_windows, val_windows, write_whole
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
@@ -57,9 +58,9 @@ eval_only = False  # print the validation loss of ckpt and stop
 ckpt = "latest"  # the model to evaluate, in the forms of init_from
 seed = 1337  # of the weights and the order of the data
 # model
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # attention heads a block; n_embd / 64 in GPT-2
+n_embd = 768  # width
 # batch
 B = 64  # micro-batch: sequences a device holds at a time; changes memory and speed, not the result
 T = 1024  # context: tokens a sequence
@@ -70,8 +71,8 @@ warmup_steps = 715  # GPT-3's 375M tokens
 max_lr = 6e-4  # GPT-3 124M's
 min_lr = 6e-5  # a tenth of it
 weight_decay = 0.1  # on matrices and embeddings
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9  # decay of AdamW's mean of the gradients
+beta2 = 0.95  # decay of its mean of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # every so many steps; 0: never
 eval_every = 250  # validation loss
@@ -103,11 +104,11 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, B=8, max_lr=2e-4, min_lr=2e-5),
 }  # fmt: skip
 
-# Dense bfloat16 FLOP/s of a device, from NVIDIA's data sheets, for MFU; the first name that fits counts.
+# Dense bfloat16 FLOP/s (float16 before Ampere) from NVIDIA's data sheets, for MFU, by a word of the name.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
-    "T4": 65e12,
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 
 DEMO_DIR = "demo_data"
@@ -116,12 +117,15 @@ DEMO_DIR = "demo_data"
 def default_settings(given):
     """The settings below the command line's: those of the run to resume, or of the preset."""
     resume_path = os.path.join(given.get("log_dir", log_dir), "resume.pt")
-    if given.get("resume") and os.path.exists(resume_path):
-        saved = load_checkpoint(resume_path, mmap=True)["settings"]
-        return {key: value for key, value in saved.items() if key not in ("log_dir", "resume")}
     name = given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
+    if given.get("resume") and os.path.exists(resume_path):
+        saved = load_checkpoint(resume_path, mmap=True)["settings"]
+        for key in ("n_layer", "n_head", "n_embd"):
+            if given.get(key, saved[key]) != saved[key]:
+                sys.exit(f"--{key}={given[key]}: the run to resume has {key}={saved[key]}; leave it out")
+        return {key: value for key, value in saved.items() if key not in ("log_dir", "resume")}
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
@@ -152,9 +156,13 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     """
     device = next(model.parameters()).device
     byte_lengths = np.array(token_byte_lengths(shards.enc))
+    windows = val_windows(shards, T, max_tokens)
+    if not windows:
+        sys.exit(f"{shards.data_dir} has no validation tokens to measure the loss on")
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    batches = val_batches(shards, B, T, max_tokens, rank, world_size)
-    for x, y in tqdm(batches, desc="validation", leave=False, disable=rank != 0):
+    starts = range(rank * B, len(windows), world_size * B)
+    for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
+        x, y = read_windows(shards, windows[i : i + B], B, T)
         tokens = y[y >= 0]
         with autocast:
             loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
@@ -167,7 +175,7 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bpb": nats / math.log(2) / size,
+        "bpb": nats / math.log(2) / max(size, 1),
         "tokens": int(tokens),
     }
 
@@ -175,53 +183,41 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
 # -- the log folder -----------------------------------------------------------------
 
 
-def open_log(log_dir, step, evaluated):
-    """The three log files, open for appending, by name, without what a resumed run writes again.
+LOGS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 
-    A run that starts afresh (step None) moves the files of an earlier one to log_dir/old_<n>.
-    """
+
+def start_log(log_dir):
+    """Make the folder; the files of an earlier run in it move to log_dir/old_<n>."""
     os.makedirs(log_dir, exist_ok=True)
-    names = ("log.txt", "metrics.jsonl", "exposure.jsonl")
-    if step is None:
-        old = [
-            name for name in os.listdir(log_dir) if name in (*names, "resume.pt") or name.startswith("model_")
-        ]
-        if old:
-            n = 1 + sum(name.startswith("old_") for name in os.listdir(log_dir))
-            os.makedirs(os.path.join(log_dir, f"old_{n}"))
-            for name in old:
-                os.rename(os.path.join(log_dir, name), os.path.join(log_dir, f"old_{n}", name))
-            print(
-                f"{log_dir}/ held an earlier run: moved to {log_dir}/old_{n}/ (--resume would go on with it)"
-            )
-    for name in names if step is not None else ():
-        path = os.path.join(log_dir, name)
+    names = os.listdir(log_dir)
+    old = [name for name in names if name in (*LOGS, "resume.pt") or name.startswith("model_")]
+    if old:
+        aside = os.path.join(log_dir, f"old_{1 + sum(name.startswith('old_') for name in names)}")
+        os.makedirs(aside)
+        for name in old:
+            os.rename(os.path.join(log_dir, name), os.path.join(aside, name))
+        print(f"{log_dir}/ held an earlier run: moved to {aside}/ (--resume would have gone on with it)")
+
+
+def rewind_log(log_dir, step, evaluated_step):
+    """Drop what was logged behind the state that resume.pt holds: the resumed run writes it again."""
+
+    def comes_before(line):
+        try:
+            if line.startswith("{"):
+                record = json.loads(line)
+                at, kind = record["step"], record.get("kind")
+            else:
+                at, kind, _ = line.split()
+            return int(at) < step or (int(at) == step == evaluated_step and kind != "train")
+        except ValueError:  # cut short by a crash
+            return False
+
+    for path in (os.path.join(log_dir, name) for name in LOGS):
         if os.path.exists(path):
             with open(path) as f:
-                lines = f.readlines()
-            with open(path + ".tmp", "w") as f:
-                f.writelines(line for line in lines if comes_before(line, step, evaluated))
-            os.replace(path + ".tmp", path)
-    return {name: open(os.path.join(log_dir, name), "a", buffering=1) for name in names}
-
-
-def comes_before(line, step, evaluated):
-    """Whether a line of a log was written before the state that resume.pt holds."""
-    if line.startswith("{"):
-        record = json.loads(line)
-        at, kind = record["step"], record.get("kind")
-    else:
-        at, kind, _ = line.split()
-    return int(at) < step or (int(at) == step == evaluated and kind != "train")
-
-
-def save(obj, path):
-    """torch.save to a temporary name, then rename: the file at path is always a whole one."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+                lines = [line for line in f if comes_before(line)]
+            write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
 
 
 def check_settings():
@@ -241,6 +237,8 @@ def check_settings():
         for key in keys:
             if not globals()[key] >= least:  # which is also true of nan
                 sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+    if min_lr > max_lr:
+        sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
         sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
 
@@ -256,6 +254,11 @@ def indivisible_batch(world_size):
     return f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}"
 
 
+def shard_sizes(shards):
+    """[file, tokens] of each training shard: enough to notice that a run would go on with other data."""
+    return [[os.path.basename(path), size] for path, size in shards.train]
+
+
 def use_compile(device_type):
     choices = {"auto": device_type == "cuda", "true": True, "1": True, "false": False, "0": False}
     if compile.lower() not in choices:
@@ -264,9 +267,9 @@ def use_compile(device_type):
 
 
 def make_demo_data():
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (resume and has_shards(DEMO_DIR)):
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not ((resume or eval_only) and has_shards(DEMO_DIR)):
         print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
-        write_demo_shards(DEMO_DIR)
+        print(f"on {write_demo_shards(DEMO_DIR)['dataset']}")
 
 
 def load_eval_items(name, load, where, say):
@@ -296,7 +299,7 @@ def check_tokenizer(name, enc, shards):
 # -- the run ------------------------------------------------------------------------
 
 
-def main():
+def main(demo):
     check_settings()
     rank, world_size, where = start_processes(device)
     master = rank == 0
@@ -310,14 +313,16 @@ def main():
         return tensor.pin_memory().to(where, non_blocking=True) if device_type == "cuda" else tensor.to(where)
 
     # Data
-    if data_dir == DEMO_DIR:
+    if eval_only:
+        model, enc = load_model(ckpt, where, log_dir)
+    if demo:
         local_first(make_demo_data)
     shards = Shards(data_dir)
     if eval_only:
-        model, enc = load_model(ckpt, where, log_dir)
         check_tokenizer(ckpt, enc, shards)
         context = min(T, model.config.block_size)
         result = evaluate(model, shards, B, context, val_tokens, autocast, rank, world_size)
+        say(f"{ckpt} on {data_dir}, context {context}:")
         say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
         return
     if total_batch_size % (B * T * world_size):
@@ -346,20 +351,32 @@ def main():
     raw_model.train()
     optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
-    start_step, evaluated, val_loss = 0, None, None
+    start_step, evaluated_step, saved_step = 0, None, None
     if saved:
-        start_step, evaluated, val_loss = saved["step"], saved["evaluated"], saved["val_loss"]
+        if saved["data"] != shard_sizes(shards)[: len(saved["data"])]:
+            sys.exit(
+                f"{data_dir}: not the shards that the run in {log_dir} has read; it cannot go on with them"
+            )
+        start_step = saved_step = saved["step"]
+        say(f"resuming {log_dir} at step {start_step}")
+        evaluated_step = saved["evaluated_step"]
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for group in optimizer.param_groups:  # as the settings say, which the command line may have changed
+            group["betas"] = (beta1, beta2)
+            group["weight_decay"] = weight_decay if group["params"][0].dim() >= 2 else 0.0
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
+        del saved
     model = torch.compile(raw_model) if use_compile(device_type) else raw_model
     train_model = model
     if world_size > 1:
         train_model = DDP(model, device_ids=[where] if device_type == "cuda" else None)
 
-    name = torch.cuda.get_device_name() if device_type == "cuda" else device_type
+    name = torch.cuda.get_device_name(where) if device_type == "cuda" else device_type
     flops_per_token = raw_model.flops_per_token(T)
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    peaks = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
+    peak = peaks[0] if peaks and precision != torch.float32 else None
     say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if model is not raw_model else 'off'}")
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {enc.name}")
     say(
@@ -374,9 +391,18 @@ def main():
         hellaswag_items = load_eval_items("HellaSwag", load, where, say)
     if ewok_every:
         ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
-    log_files = open_log(log_dir, start_step if saved else None, evaluated) if master else {}
+    log_files = {}
+    if master:
+        try:
+            if saved_step is None:
+                start_log(log_dir)
+            else:
+                rewind_log(log_dir, start_step, evaluated_step)
+            names = LOGS if exposure_every else LOGS[:2]
+            log_files = {name: open(os.path.join(log_dir, name), "a", buffering=1) for name in names}
+        except OSError as e:
+            sys.exit(f"--log_dir={log_dir}: cannot write there ({e.strerror})")
     settings = current_settings(globals())
-    saved_step = start_step if saved else None
 
     def log(step, kind, value, **more):
         if master:
@@ -391,18 +417,29 @@ def main():
 
     def request_stop(signum, frame):
         stop_requests.append(time.monotonic())
-        if stop_requests[-1] - stop_requests[0] > 2:  # sooner, it is torchrun that passes on the first
+        if stop_requests[-1] - stop_requests[0] > 1:  # sooner, it may be torchrun that passes on the first
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        say("\nstopping after this step; once more stops at once")
+        if master:  # print() must not be called again while it is at work
+            os.write(1, b"\nstopping after this step; once more stops at once\n")
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
     stopping = False
 
+    if start_step > max_steps:
+        say(f"nothing to do: the run is at step {start_step}, --max_steps={max_steps}")
     for step in range(start_step, max_steps + 1):
+        if not shards.complete and not stopping and step < max_steps:
+            found = order.wait_for((step + 1) * sequences - 1, stopped=lambda: stop_requests)
+            found = torch.tensor(found, dtype=torch.int, device=where)
+            if world_size > 1:
+                dist.all_reduce(found, op=dist.ReduceOp.MIN)
+            stopping = not found
+        val_loss = None  # of this step, if it is measured
+
         # Once in a while: the validation loss, a sample, what has been read
-        if evaluated != step and not stopping:
+        if evaluated_step != step and not stopping:
             if due(eval_every, step) and shards.val:
                 result = evaluate(model, shards, B, T, val_tokens, autocast, rank, world_size)
                 val_loss = result["loss"]
@@ -437,23 +474,41 @@ def main():
                 first = (step - 1) // exposure_every * exposure_every
                 for record in order.exposure(first * sequences, step * sequences):
                     log_files["exposure.jsonl"].write(json.dumps({"step": step, **record}) + "\n")
-            evaluated = step
+            evaluated_step = step
 
         # Save: the model first, then resume.pt, which names it by its step
         if step != saved_step and (stopping or step == max_steps or (step and due(save_every, step))):
             if master:
-                state = {"model": raw_model.state_dict(), "config": dataclasses.asdict(raw_model.config)}
-                state |= {"step": step, "val_loss": val_loss, "settings": settings}
-                state |= {"tokenizer": tokenizer_state(enc)}
-                save(state, os.path.join(log_dir, f"model_{step:05d}.pt"))
-                state = {"step": step, "evaluated": evaluated, "val_loss": val_loss, "settings": settings}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"rng": torch.get_rng_state()}
-                save(state, resume_path)
+                state = {
+                    "model": raw_model.state_dict(),
+                    "config": dataclasses.asdict(raw_model.config),
+                    "step": step,
+                    "val_loss": val_loss,
+                    "settings": settings,
+                    "tokenizer": tokenizer_state(enc),
+                }
+                write_whole(
+                    os.path.join(log_dir, f"model_{step:05d}.pt"), functools.partial(torch.save, state)
+                )
+                state = {
+                    "step": step,
+                    "evaluated_step": evaluated_step,
+                    "data": shard_sizes(shards),
+                    "settings": settings,
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "rng": torch.get_rng_state(),
+                }
+                write_whole(resume_path, functools.partial(torch.save, state))
             say(f"step {step:5d} | saved {log_dir}/model_{step:05d}.pt")
             saved_step = step
         if stopping:
             say("stopped; the same command with --resume goes on from here")
+        elif step == max_steps:
+            say(
+                "done; python sample.py writes text with it"
+                + (f", with --log_dir={log_dir}" * (log_dir != "log"))
+            )
         if stopping or step == max_steps:
             if world_size > 1:
                 dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
@@ -465,10 +520,11 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(2, device=where)  # of the loss over micro-batches, of requests to stop
-        for micro_step, (x, y) in enumerate(order.batches(step, sequences, B, rank, world_size)):
+        for micro_step, rows in enumerate(order.batches(step, sequences, B, rank, world_size)):
+            rows = to_device(rows)  # (B, T + 1)
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                loss = train_model(to_device(x), to_device(y))
+                loss = train_model(rows[:, :-1], rows[:, 1:])
             sums[0] += loss.detach()
             scaler.scale(loss / grad_accum_steps).backward()
         scaler.unscale_(optimizer)
@@ -500,14 +556,19 @@ def main():
 
 if __name__ == "__main__":
     try:
-        configure(globals(), default_settings)
-        main()
-    except torch.OutOfMemoryError:
-        sys.exit(f"out of memory: try --B={max(1, B // 2)}; total_batch_size and so the result stay the same")
+        try:
+            given = configure(globals(), default_settings)
+            main(demo=data_dir == DEMO_DIR and "data_dir" not in given)
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if "memory" not in str(e):  # on CPUs and mps it is a RuntimeError
+                raise
+            hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
+            sys.exit(
+                f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
+            )
     except SystemExit as e:
         if e.code and int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # most likely rank 0 says the same, and torchrun ends this one: one line is enough
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -50,6 +50,13 @@ def test_interactive(run, checkpoint, monkeypatch):
     assert run("sample.py", "--interactive", "--max_new_tokens=5").endswith("prompt> ")
 
 
+def test_a_mistake_leaves_the_file_alone(run, tmp_path):
+    (tmp_path / "keep.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="no checkpoint in log/"):
+        run("sample.py", "--out=keep.txt")
+    assert (tmp_path / "keep.txt").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -116,10 +116,10 @@ def test_steps_equal_a_plain_loop(run, shards, tmp_path):
         lr = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / 6)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ((x, y),) = order.batches(step, 16, 16)
-        loss = torch.nn.functional.cross_entropy(
-            model(torch.tensor(x)).flatten(0, 1), torch.tensor(y).flatten()
-        )
+        (rows,) = order.batches(step, 16, 16)
+        rows = torch.from_numpy(rows)
+        logits = model(rows[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -192,6 +192,54 @@ def test_died_and_resumed(run, shards, tmp_path, at_step):
         at_step(-1, None)
         run("train_gpt2.py", *SMALL, "--resume", f"--log_dir=died{k}")
         assert_same_run(tmp_path / "log", tmp_path / f"died{k}")
+
+
+def test_resume_under_other_conditions(run, shards, tmp_path, at_step):
+    """Another precision, a torn line at the end of the log, other settings; but never other data."""
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("train_gpt2.py", *SMALL)
+    at_step(-1, None)
+    with open(tmp_path / "log" / "log.txt", "a") as f:
+        f.write("5 tr")
+    with open(tmp_path / "log" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "ki')
+    with pytest.raises(SystemExit, match=r"--n_layer=5: the run to resume has n_layer=2; leave it out"):
+        run("train_gpt2.py", "--resume", "--n_layer=5")
+    out = run("train_gpt2.py", "--resume", "--dtype=float16", "--weight_decay=0.5", "--beta2=0.9")
+    assert "resuming log at step 5" in out
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
+    state = load_checkpoint(str(tmp_path / "log" / "resume.pt"))
+    decayed, other = state["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], other["weight_decay"], decayed["betas"]) == (0.5, 0.0, (0.9, 0.9))
+    assert "nothing to do: the run is at step 8" in run("train_gpt2.py", "--resume", "--max_steps=7")
+    path = next(shards.glob("*train_000002.npy"))
+    meta = json.loads((shards / "meta.json").read_text())
+    np.save(path, np.load(path)[:-5])
+    meta["shards"][2]["tokens"] -= 5
+    (shards / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match=r"shards: not the shards that the run in log has read"):
+        run("train_gpt2.py", "--resume", "--max_steps=10")
+
+
+def test_stopped_while_waiting_for_shards(run, shards, tmp_path, monkeypatch):
+    """A folder that fineweb.py does not go on with: Ctrl-C saves; when more has come, --resume goes on."""
+    run("train_gpt2.py", *SMALL)
+    meta = json.loads((shards / "meta.json").read_text())
+    part = meta | {"complete": False, "shards": meta["shards"][:3]}  # 4,000 tokens: enough for 7 steps
+    (shards / "meta.json").write_text(json.dumps(part))
+    sleeps = []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(shards_module.time, "sleep", sleep)
+    out = run("train_gpt2.py", *SMALL, "--log_dir=part")
+    assert len(sleeps) == 1 and "waiting for fineweb.py to write training shard 3" in out
+    assert "saved part/model_00007.pt" in out and "the same command with --resume" in out
+    (shards / "meta.json").write_text(json.dumps(meta))
+    run("train_gpt2.py", "--resume", "--log_dir=part")
+    assert read_log(tmp_path / "part", "train") == read_log(tmp_path / "log", "train")
 
 
 def test_resume_starts_afresh_where_there_is_nothing(run, shards, tmp_path):
@@ -329,7 +377,11 @@ def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
         ([*SMALL, "--eval_only=True"], r"no checkpoint in log/"),
         ([*SMALL, "--B=0"], r"--B=0: must be at least 1"),
         ([*SMALL, "--seed=-1"], r"--seed=-1: must be at least 0"),
-        ([*SMALL, "--max_lr=-1"], r"--max_lr=-1\.0: must be at least 0"),
+        ([*SMALL, "--min_lr=-1"], r"--min_lr=-1\.0: must be at least 0"),
+        ([*SMALL, "--max_lr=1e-4"], r"--min_lr=0\.001: is more than --max_lr=0\.0001; use --min_lr=1e-05"),
+        ([*SMALL, "--beta2=1"], r"--beta1=0\.9 --beta2=1\.0: must be less than 1"),
+        ([*SMALL, "--log_dir=shards/meta.json"], r"--log_dir=shards/meta\.json: cannot write there"),
+        (["--data_dir=shards", "--eval_only=True", "--ckpt=gone.pt"], r"gone\.pt: no such checkpoint"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run, shards, tmp_path, args, message):
