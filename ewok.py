@@ -36,7 +36,7 @@ ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Huggi
 log_dir = "log"  # where latest is looked for
 items = False  # write each item's numbers to ewok_items.jsonl, beside the checkpoint or in log_dir
 limit = 0  # only the first so many items; 0: all
-batch_tokens = 16384  # tokens in a batch; changes memory and speed, not the result
+batch_tokens = 0  # tokens in a batch; changes memory and speed, not the result; 0: 16384, on a CPU 1024
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 
@@ -135,7 +135,7 @@ def parse(where, content):
 # -- scores -----------------------------------------------------------------------
 
 
-def score_items(model, enc, items, batch_tokens=16384):
+def score_items(model, enc, items, batch_tokens=0):
     """(sums, counts), float64 tensors (len(items), 4), of T1|C1, T1|C2, T2|C1 and T2|C2.
 
     sums are the log-probabilities of the targets in nats, counts their numbers of tokens.
@@ -164,7 +164,7 @@ def compare(sums, counts):
     }
 
 
-def evaluate(model, enc, items, batch_tokens=16384, rank=0, world_size=1):
+def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     """(result, records) of a model on items, divided among ranks; every rank gets all.
 
     result: {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the

@@ -37,7 +37,7 @@ style = "completion"  # completion, harness or both
 split = "val"  # val or train
 data = ""  # a local .jsonl file in HellaSwag's format; empty: the split, downloaded once to hellaswag/
 limit = 0  # only the first so many items; 0: all
-batch_tokens = 16384  # tokens in a batch; changes memory and speed, not the result
+batch_tokens = 0  # tokens in a batch; changes memory and speed, not the result; 0: 16384, on a CPU 1024
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 
@@ -112,7 +112,7 @@ def harness_style(item, enc):
 STYLES = {"completion": completion_style, "harness": harness_style}
 
 
-def predict(model, enc, items, style="completion", batch_tokens=16384):
+def predict(model, enc, items, style="completion", batch_tokens=0):
     """(by sum, by normalised sum): the index of the best ending of each item, two lists of ints."""
     prepared = [STYLES[style](item, enc) for item in items]
     sums, _ = score_completions(model, [pair for pairs, _ in prepared for pair in pairs], batch_tokens)
@@ -121,7 +121,7 @@ def predict(model, enc, items, style="completion", batch_tokens=16384):
     return sums.argmax(1).tolist(), (sums / lengths).argmax(1).tolist()
 
 
-def evaluate(model, enc, items, style="completion", batch_tokens=16384, rank=0, world_size=1):
+def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, world_size=1):
     """{"acc", "acc_norm", "stderr", "count", "seconds"} of a model on items, divided among ranks.
 
     acc and acc_norm are shares of 1, stderr is acc_norm's. Every rank gets the result of all.
