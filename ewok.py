@@ -73,9 +73,7 @@ def load_from_hub():
     import datasets
     from huggingface_hub import get_token
 
-    help = (
-        f"put ewok_fast_jsonl.zip here, or set EWOK_SRC, or accept the terms of {HUB} and run hf auth login"
-    )
+    help = f"put ewok_fast_jsonl.zip here, or set EWOK_SRC, or accept the terms of {HUB} and run hf auth login"
     if get_token() is None:
         sys.exit(f"there are no EWoK items: {help}")
     try:

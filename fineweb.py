@@ -257,9 +257,7 @@ def main():
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, docs, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
         print(f"{split}: {len(shards)} shards, {docs:,} documents, {tokens:,} tokens, {size:,} bytes")
-    print(
-        f"train GPT-2 124M on them: python train_gpt2.py --data_dir={out_dir}; on a laptop add --preset=tiny"
-    )
+    print(f"train GPT-2 124M on them: python train_gpt2.py --data_dir={out_dir}; on a laptop add --preset=tiny")
 
 
 if __name__ == "__main__":

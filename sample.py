@@ -36,9 +36,7 @@ RULE = "-" * 80  # between samples
 
 def main():
     if num_samples < 1 or max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        sys.exit(
-            "expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1"
-        )
+        sys.exit("expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
     start = prompt
     if prompt.startswith("FILE:"):
         try:

@@ -222,17 +222,11 @@ def rewind_log(log_dir, step, evaluated_step):
 
 def check_settings():
     """Exit with one line if a number makes no sense."""
-    positive = ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "val_tokens", "sample_tokens")
-    at_least_0 = ("seed", "max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "beta1", "beta2")
-    at_least_0 += (
-        "grad_clip",
-        "eval_every",
-        "hellaswag_every",
-        "hellaswag_limit",
-        "ewok_every",
-        "sample_every",
+    positive = "n_layer n_head n_embd B T total_batch_size val_tokens sample_tokens".split()
+    at_least_0 = (
+        "seed max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 grad_clip eval_every".split()
     )
-    at_least_0 += ("save_every", "exposure_every")
+    at_least_0 += "hellaswag_every hellaswag_limit ewok_every sample_every save_every exposure_every".split()
     for least, keys in ((1, positive), (0, at_least_0)):
         for key in keys:
             if not globals()[key] >= least:  # which is also true of nan
@@ -247,9 +241,7 @@ def indivisible_batch(world_size):
     """The message for a total_batch_size that B x T x world_size does not divide."""
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     unit = B * T * world_size
-    hint = (
-        f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
-    )
+    hint = f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
     shape = f"B x T x processes = {B} x {T} x {world_size}"
     return f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}"
 
@@ -272,6 +264,14 @@ def make_demo_data():
         print(f"on {write_demo_shards(DEMO_DIR)['dataset']}")
 
 
+def all_agree(yes, where):
+    """Whether `yes` is true on every rank."""
+    yes = torch.tensor(bool(yes), dtype=torch.int, device=where)
+    if dist.is_initialized():
+        dist.all_reduce(yes, op=dist.ReduceOp.MIN)
+    return yes.item() == 1
+
+
 def load_eval_items(name, load, where, say):
     """The items of an eval; None, after a warning, if a process cannot have them: the run goes on."""
     items, why = None, "another process has none"
@@ -279,10 +279,7 @@ def load_eval_items(name, load, where, say):
         items = local_first(load)
     except SystemExit as e:
         why = e
-    found = torch.tensor(items is not None, dtype=torch.int, device=where)
-    if dist.is_initialized():
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    if not found:
+    if not all_agree(items, where):
         say(f"warning: this run goes without {name}: {why}")
         return None
     return items
@@ -426,16 +423,16 @@ def main(demo):
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
     stopping = False
+    waiting = not all_agree(shards.complete, where)  # for shards that fineweb.py has yet to write
 
     if start_step > max_steps:
         say(f"nothing to do: the run is at step {start_step}, --max_steps={max_steps}")
     for step in range(start_step, max_steps + 1):
-        if not shards.complete and not stopping and step < max_steps:
+        if waiting and not stopping and step < max_steps:
+            # Together, before the step: a rank must not sleep while the others wait for it in a collective.
             found = order.wait_for((step + 1) * sequences - 1, stopped=lambda: stop_requests)
-            found = torch.tensor(found, dtype=torch.int, device=where)
-            if world_size > 1:
-                dist.all_reduce(found, op=dist.ReduceOp.MIN)
-            stopping = not found
+            stopping = not all_agree(found, where)
+            waiting = not all_agree(shards.complete, where)
         val_loss = None  # of this step, if it is measured
 
         # Once in a while: the validation loss, a sample, what has been read
@@ -456,19 +453,14 @@ def main(demo):
                 with autocast:
                     result, _ = ewok.evaluate(raw_model, enc, ewok_items, rank=rank, world_size=world_size)
                 log(step, "ewok", result["context"], **result)
-                say(
-                    f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean"
-                )
+                say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
             if due(sample_every, step) and master:
                 rng = torch.Generator(where).manual_seed(seed)
                 with autocast:
-                    pieces = stream_text(
-                        raw_model, enc, sample_prompt, sample_tokens, top_k=50, generator=rng
-                    )
+                    pieces = stream_text(raw_model, enc, sample_prompt, sample_tokens, top_k=50, generator=rng)
                     text = sample_prompt + "".join(piece for (piece,) in pieces)
-                log_files["metrics.jsonl"].write(
-                    json.dumps({"step": step, "kind": "sample", "text": text}) + "\n"
-                )
+                record = {"step": step, "kind": "sample", "text": text}
+                log_files["metrics.jsonl"].write(json.dumps(record) + "\n")
                 say(f"step {step:5d} | sample:\n{text}\n")
             if due(exposure_every, step) and master and step:
                 first = (step - 1) // exposure_every * exposure_every
@@ -487,9 +479,8 @@ def main(demo):
                     "settings": settings,
                     "tokenizer": tokenizer_state(enc),
                 }
-                write_whole(
-                    os.path.join(log_dir, f"model_{step:05d}.pt"), functools.partial(torch.save, state)
-                )
+                path = os.path.join(log_dir, f"model_{step:05d}.pt")
+                write_whole(path, functools.partial(torch.save, state))
                 state = {
                     "step": step,
                     "evaluated_step": evaluated_step,
@@ -505,10 +496,7 @@ def main(demo):
         if stopping:
             say("stopped; the same command with --resume goes on from here")
         elif step == max_steps:
-            say(
-                "done; python sample.py writes text with it"
-                + (f", with --log_dir={log_dir}" * (log_dir != "log"))
-            )
+            say(f"done; see what it writes: python sample.py --log_dir={log_dir}")
         if stopping or step == max_steps:
             if world_size > 1:
                 dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
@@ -563,9 +551,7 @@ if __name__ == "__main__":
             if "memory" not in str(e):  # on CPUs and mps it is a RuntimeError
                 raise
             hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
-            sys.exit(
-                f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
-            )
+            sys.exit(f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same")
     except SystemExit as e:
         if e.code and int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # most likely rank 0 says the same, and torchrun ends this one: one line is enough

@@ -189,9 +189,7 @@ def test_hellaswag_script(run, spawn, model, enc, tmp_path):
     out = run("hellaswag.py", *args)
     for style in hellaswag.STYLES:
         r = hellaswag.evaluate(model, enc, items, style)
-        assert re.search(
-            rf"latest, {style} +{r['acc']:.2%} +{r['acc_norm']:.2%} +{r['stderr']:.2%} +31 ", out
-        )
+        assert re.search(rf"latest, {style} +{r['acc']:.2%} +{r['acc_norm']:.2%} +{r['stderr']:.2%} +31 ", out)
     assert "GPT-3 124M" in out and "33.7%" in out
     two = spawn("hellaswag.py", *args, nproc=2)
     assert two.returncode == 0, two.stderr
@@ -215,8 +213,7 @@ def test_hellaswag_is_downloaded_once(run, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fineweb, "download", download)
     assert (
-        run("hellaswag.py", "--split=train", "--ckpt") == run("hellaswag.py", "--split=train", "--ckpt")
-        or True
+        run("hellaswag.py", "--split=train", "--ckpt") == run("hellaswag.py", "--split=train", "--ckpt") or True
     )
     assert asked == ["https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_train.jsonl"]
 
@@ -328,9 +325,7 @@ def test_ewok_equals_brute_force(model, enc):
         assert {d: r[key] for d, r in result["by_Domain"].items()} == pytest.approx(averages)
         assert result[f"{key}_domain_avg"] == pytest.approx(sum(averages.values()) / 3)
         assert result[f"{key}_domain_avg"] != pytest.approx(result[key])
-    assert set(result["by_ContextType"]) == {"direct", "indirect"} and set(result["by_TargetDiff"]) == {
-        "swap"
-    }
+    assert set(result["by_ContextType"]) == {"direct", "indirect"} and set(result["by_TargetDiff"]) == {"swap"}
     assert result["count"] == 48 and sum(r["count"] for r in result["by_Domain"].values()) == 48
 
 
@@ -354,9 +349,7 @@ def write_zip(path, members, password=None, aes=False):
     if aes:
         import pyzipper
 
-        with pyzipper.AESZipFile(
-            path, "w", encryption=pyzipper.WZ_AES, compression=zipfile.ZIP_DEFLATED
-        ) as z:
+        with pyzipper.AESZipFile(path, "w", encryption=pyzipper.WZ_AES, compression=zipfile.ZIP_DEFLATED) as z:
             z.setpassword(password)
             for name, content in members.items():
                 z.writestr(name, content)
@@ -412,9 +405,7 @@ def encrypt_zipcrypto(path, members, password):
         )
         central += struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + raw
         body += b"PK\x03\x04" + struct.pack("<H", 20) + fields + raw + data
-    end = b"PK\x05\x06" + struct.pack(
-        "<HHHHIIH", 0, 0, len(members), len(members), len(central), len(body), 0
-    )
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, len(members), len(members), len(central), len(body), 0)
     path.write_bytes(body + central + end)
 
 
@@ -490,9 +481,7 @@ def test_damaged_ewok_sources(somewhere, monkeypatch):
 
     write_zip(path, files)
     break_member(path)
-    fails(
-        r"ewok_fast_jsonl\.zip: broken zip, or a wrong EWOK_ZIP_PASSWORD \(Bad CRC-32 for file 'a\.jsonl'\)"
-    )
+    fails(r"ewok_fast_jsonl\.zip: broken zip, or a wrong EWOK_ZIP_PASSWORD \(Bad CRC-32 for file 'a\.jsonl'\)")
     path.write_bytes(b"not a zip")
     fails(r"ewok_fast_jsonl\.zip: broken zip")
     write_zip(path, {"a.jsonl": ""})
@@ -573,9 +562,7 @@ def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, monkeypat
     out = run("ewok.py", "--ckpt")
     assert re.search(rf"latest, all items +{scores[4]:.3f} ", out)
     records = {r["kind"]: r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl")}
-    assert records["hella"]["count"] == 30 and records["hella"]["acc_norm"] == pytest.approx(
-        hella[4], abs=1e-4
-    )
+    assert records["hella"]["count"] == 30 and records["hella"]["acc_norm"] == pytest.approx(hella[4], abs=1e-4)
     assert records["ewok"]["by_Domain"].keys() == {"social", "spatial", "material"}
 
 

@@ -75,8 +75,7 @@ def test_order_and_size_of_shards(run, tmp_path):
     assert decode(tmp_path / "out", ENC) == TEXTS
     names = sorted(p.name for p in (tmp_path / "out").glob("*.npy"))
     assert (
-        names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"]
-        and "djsonl_val_000000.npy" in names
+        names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"] and "djsonl_val_000000.npy" in names
     )
 
 
@@ -136,9 +135,7 @@ def test_large_vocabularies_are_uint32(tmp_path):
 
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
-    enc = tiktoken.Encoding(
-        "big", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-    )
+    enc = tiktoken.Encoding("big", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
     meta = write_shards(["abcd"] * 50, enc, str(tmp_path / "out"), "x", dataset="x")
     assert meta["dtype"] == "uint32" and meta["tokenizer"] == "tokenizer.json"
     from shards import Shards
