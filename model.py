@@ -255,8 +255,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token id a row: logits (B, V) -> (B,).
 
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is
-    nucleus sampling (https://arxiv.org/abs/1904.09751): the fewest tokens whose
-    probabilities reach top_p, at least one.
+    nucleus sampling (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at least one,
+    whose probabilities reach top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -305,9 +305,9 @@ def score_completions(model, pairs, batch_tokens=0):
 
     Completions of one context share a row, so that the context is read once: each follows it at the
     same positions, and a mask keeps them from seeing each other. Rows of similar length make a batch
-    of up to batch_tokens tokens; 0 is 16,384, or 1,024 on a CPU, whose caches large batches overflow
-    (124M, bfloat16, 2 cores: 2.8 times slower with 16,384). A compiled model is scored by its
-    uncompiled self, since each batch has a shape of its own.
+    of up to batch_tokens tokens; 0 is 16,384, or 1,024 on a CPU, where large batches are slower (124M,
+    bfloat16, 2 cores: 2.8 times with 16,384). A compiled model is scored by its uncompiled self, since
+    each batch has a shape of its own.
     """
     model = getattr(model, "_orig_mod", model)
     device, block_size = model.lm_head.weight.device, model.config.block_size

@@ -182,7 +182,6 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
 
 # -- the log folder -----------------------------------------------------------------
 
-
 LOGS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 
 
