@@ -5,7 +5,8 @@
     python fineweb.py --dataset=my_texts --out_dir=my_shards   # .txt .jsonl .jsonl.gz .json.gz .parquet
     python fineweb.py --dataset=tinyshakespeare --tokenizer=bytes --out_dir=shakespeare
 
-Streams by default, so that the first shards exist minutes after the start. shards.py has the format.
+Streams by default, so that the first shards exist minutes after the start. Stopped or killed, the same
+command goes on behind the last whole shard. shards.py has the format.
 """
 
 import collections
@@ -14,8 +15,10 @@ import glob
 import itertools
 import os
 import re
+import shutil
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,7 +26,7 @@ import requests
 from tqdm import tqdm
 
 from configurator import configure
-from shards import ShardWriter, has_shards, token_dtype
+from shards import ShardWriter, lock_folder, token_dtype, write_whole
 from tokenizer import EOT, load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
@@ -49,23 +52,32 @@ TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 # -- documents --------------------------------------------------------------------
 
 
-def download(url, path, timeout=30):
-    """Fetch url to path with a progress bar, whole or not at all; raises requests' exceptions."""
+def fetch(url, path, timeout):
     with requests.get(url, stream=True, timeout=timeout) as r:
         r.raise_for_status()
         total = int(r.headers.get("content-length", 0)) or None
-        try:
-            with (
-                open(path + ".tmp", "wb") as f,
-                tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar,
-            ):
+        with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
+
+            def write(f):
                 for chunk in r.iter_content(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-            os.replace(path + ".tmp", path)
-        except BaseException:
-            os.remove(path + ".tmp")
-            raise
+                    bar.update(f.write(chunk))
+
+            write_whole(path, write)
+
+
+def download(url, path, timeout=30, tries=3):
+    """Fetch url to path with a progress bar, whole or not at all; raises requests' exceptions.
+
+    What may be a hiccup of the network or the server is tried again, after 1, 2, 4, ... seconds.
+    """
+    for wait in (2**i for i in range(tries)):
+        try:
+            return fetch(url, path, timeout)
+        except requests.RequestException as e:
+            refused = e.response is not None and e.response.status_code < 500
+            if refused or wait == 2 ** (tries - 1):
+                raise
+            time.sleep(wait)
 
 
 def read_text(path):
@@ -100,56 +112,115 @@ def text_rows(paths):
 
 
 def open_rows(dataset, subset, streaming):
-    """The `datasets` objects that hold a dataset's documents as rows, by its name or path."""
+    """The `datasets.IterableDataset`s that hold a dataset's documents as rows, by its name or path."""
     import datasets
 
     if dataset in HUB:
         args = (HUB[dataset], subset) if dataset.startswith("fineweb") else (HUB[dataset],)
-        return [datasets.load_dataset(*args, split="train", streaming=streaming)]
+        found = [datasets.load_dataset(*args, split="train", streaming=streaming)]
+    else:
+        found = [
+            datasets.IterableDataset.from_generator(text_rows, gen_kwargs={"paths": paths})
+            if kind == "text"
+            else datasets.load_dataset(kind, data_files=paths, split="train", streaming=streaming)
+            for kind, paths in find_files(dataset).items()
+        ]
     return [
-        datasets.IterableDataset.from_generator(text_rows, gen_kwargs={"paths": paths})
-        if kind == "text"
-        else datasets.load_dataset(kind, data_files=paths, split="train", streaming=streaming)
-        for kind, paths in find_files(dataset).items()
+        rows if isinstance(rows, datasets.IterableDataset) else rows.to_iterable_dataset() for rows in found
     ]
 
 
-def flatten_chat(messages):
-    """A chat, a list of {"role", "content"}, as text: "User: ...", a blank line, "Assistant: ..."."""
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+def as_text(value):
+    """The text of a document: a string, or a chat as "User: ...", a blank line, "Assistant: ...".
 
-
-def documents(dataset, subset=None, text_column="text", streaming=True, shuffle_buffer=0, seed=0):
-    """Yield the texts of a dataset by its name here, or of a local file or folder.
-
-    Rows whose text is missing or empty are left out; chats, in a column `messages`, become text. Exits
-    with one line if the source cannot be had, has no such column, or is damaged.
+    A chat is a list of {"role", "content"}. Anything else is no text, and becomes an empty string.
     """
-    if dataset == "tinyshakespeare":
-        dataset = "tinyshakespeare.txt"
-        if not os.path.exists(dataset):
+    messages = value if isinstance(value, list) else [None]
+    if all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        return "\n\n".join(f"{str(m.get('role')).capitalize()}: {m['content']}" for m in messages)
+    return value if isinstance(value, str) else ""
+
+
+class Documents:
+    """The texts of a dataset by its name here, or of a local file or folder, one after the other.
+
+    Rows whose text is missing, empty or not a string are left out; chats, in a column `messages`, become
+    text. An iteration exits with one line if the source cannot be had, has no such column, or is damaged;
+    one that reads from the hub and is cut off tries again, five times with growing pauses.
+
+    state_dict() is where the iteration stands, as plain JSON values; the next one starts from there after
+    load_state_dict(). Without a shuffle buffer, files of the dataset that lie behind are not read again.
+    """
+
+    def __init__(self, dataset, subset=None, text_column="text", streaming=True, shuffle_buffer=0, seed=0):
+        self.dataset, self.subset, self.text_column = dataset, subset, text_column
+        self.streaming, self.shuffle_buffer, self.seed = streaming, shuffle_buffer, seed
+        self.state = None
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def __iter__(self):
+        if self.dataset == "tinyshakespeare":
+            self.dataset = "tinyshakespeare.txt"
+            if not os.path.exists(self.dataset):
+                try:
+                    download(TINYSHAKESPEARE, self.dataset)
+                except requests.RequestException as e:
+                    sys.exit(
+                        f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {self.dataset}"
+                    )
+        failures = 0
+        while True:
+            last = self.state
             try:
-                download(TINYSHAKESPEARE, dataset)
-            except requests.RequestException as e:
-                sys.exit(f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {dataset}")
-    try:
-        for rows in open_rows(dataset, subset, streaming):
-            if shuffle_buffer:
-                rows = rows if streaming else rows.to_iterable_dataset()
-                rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+                yield from self._read()
+                return
+            except Exception as e:  # whatever `datasets` and its readers raise: they share no base class
+                failures = failures + 1 if self.state == last else 1
+                reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                if self.dataset not in HUB or self.state is None or failures > 5:
+                    hint = (
+                        "; go online, or give --dataset= a local file or folder" if self.dataset in HUB else ""
+                    )
+                    sys.exit(f"cannot read {self.dataset}: {reason}{hint}")
+                print(f"\n{self.dataset}: {reason}; reading on in {2**failures} s", file=sys.stderr)
+                time.sleep(2**failures)
+
+    def _read(self):
+        """Yield the documents behind self.state, which moves on with them."""
+        state = self.state or {"documents": 0, "part": 0, "rows": None}
+        count = state["documents"]
+        behind = 0
+        for part, rows in enumerate(open_rows(self.dataset, self.subset, self.streaming)):
+            if self.shuffle_buffer:  # what a shuffle buffer held is not in a state: start over, and skip
+                rows = rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+                behind = count if part == 0 else behind
+            elif part < state["part"]:
+                continue
+            elif state["rows"] and part == state["part"]:
+                rows.load_state_dict(state["rows"])
             for row in rows:
-                text = row.get(text_column, row.get("messages", row))
-                if text is row:
+                value = row.get(self.text_column, row.get("messages", row))
+                if value is row:
                     columns = ", ".join(row)
                     sys.exit(
-                        f"{dataset} has no column {text_column!r}: use --text_column= with one of {columns}"
+                        f"{self.dataset} has no column {self.text_column!r}: use --text_column= with one of "
+                        f"{columns}"
                     )
-                text = flatten_chat(text) if isinstance(text, list) else text
-                if isinstance(text, str) and text:
-                    yield text
-    except Exception as e:  # whatever `datasets` and its readers raise: they share no base class
-        hint = "; go online, or give --dataset= a local file or folder" if dataset in HUB else ""
-        sys.exit(f"cannot read {dataset}: {type(e).__name__}: {str(e).partition(chr(10))[0]}{hint}")
+                text = as_text(value)
+                if not text:
+                    continue
+                if behind:
+                    behind -= 1
+                    continue
+                count += 1
+                place = None if self.shuffle_buffer else rows.state_dict()
+                self.state = {"documents": count, "part": part, "rows": place}
+                yield text
 
 
 # -- tokens -----------------------------------------------------------------------
@@ -168,27 +239,34 @@ def encode(texts, enc, dtype):
 
 
 def tokenize(texts, enc, dtype, batch_chars=1 << 19):
-    """Yield the token ids of documents, in order, in arrays of about batch_chars characters of text.
+    """Yield (tokens, state) of batches of about batch_chars characters of documents, in order.
 
-    Threads are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is
+    tokens is an array of their token ids, state what texts.state_dict() was behind the last of them, or
+    None. Threads are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is
     pickled. At most four batches a core are under way, so memory does not grow with the corpus.
     """
     cores = os.cpu_count() or 1
+    state_dict = getattr(texts, "state_dict", lambda: None)
     with ThreadPoolExecutor(cores) as pool:
-        under_way = collections.deque()
+        under_way = collections.deque()  # (future, state)
+
+        def finish():
+            future, state = under_way.popleft()
+            return future.result(), state
+
         batch, chars = [], 0
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
-                under_way.append(pool.submit(encode, batch, enc, dtype))
+                under_way.append((pool.submit(encode, batch, enc, dtype), state_dict()))
                 batch, chars = [], 0
             if len(under_way) > 4 * cores:
-                yield under_way.popleft().result()
+                yield finish()
         if batch:
-            under_way.append(pool.submit(encode, batch, enc, dtype))
+            under_way.append((pool.submit(encode, batch, enc, dtype), state_dict()))
         while under_way:
-            yield under_way.popleft().result()
+            yield finish()
 
 
 # -- shards -----------------------------------------------------------------------
@@ -197,18 +275,23 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
 def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, **about):
     """Tokenize documents into shards in out_dir; returns meta.json's dict. Exits if there are none.
 
-    `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed.
+    `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir
+    holds the beginning of these shards, goes on from there; texts is then a Documents.
     """
-    writer = ShardWriter(out_dir, prefix, enc, shard_size, about)
-    bar = tqdm(total=max_tokens or None, unit="tok", unit_scale=True, desc=out_dir)
+    writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens})
+    if writer.meta["complete"]:
+        print(f"{out_dir} is complete already: nothing to do")
+        return writer.meta
+    if writer.start:
+        texts.load_state_dict(writer.start)
+        print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
+    bar = tqdm(total=max_tokens or None, initial=writer.seen, unit="tok", unit_scale=True, desc=out_dir)
     with bar, contextlib.closing(tokenize(texts, enc, token_dtype(enc))) as batches:
-        written = 0
-        for tokens in batches:
-            tokens = tokens[: max_tokens - written] if max_tokens else tokens
-            writer.add(tokens)
-            written += len(tokens)
+        for tokens, state in batches:
+            tokens = tokens[: max_tokens - writer.seen] if max_tokens else tokens
+            writer.add(tokens, state)
             bar.update(len(tokens))
-            if written == max_tokens:
+            if writer.seen == max_tokens:
                 break
     return writer.close()
 
@@ -221,7 +304,7 @@ def write_demo_shards(out_dir):
     source = "input.txt"
     if not os.path.exists(source):
         try:
-            download(TINYSHAKESPEARE, source, timeout=5)
+            download(TINYSHAKESPEARE, source, timeout=5, tries=1)
         except requests.RequestException:
             source = "the source of Python's standard library"
     if source == "input.txt":
@@ -230,6 +313,7 @@ def write_demo_shards(out_dir):
         paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
         np.random.default_rng(0).shuffle(paths)
         texts = itertools.chain.from_iterable(map(read_text, paths))
+    shutil.rmtree(out_dir, ignore_errors=True)
     enc = load_tokenizer("bytes")
     about = {"dataset": source, "subset": None, "seed": None}
     return write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, **about)
@@ -241,18 +325,23 @@ def main():
             sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         sys.exit(f"--out_dir={out_dir}: is a file, expected a folder")
-    if has_shards(out_dir):
-        sys.exit(f"{out_dir} holds shards already: choose another --out_dir, or delete it to start over")
     if dataset not in (*HUB, "tinyshakespeare") and not os.path.exists(dataset):
         names = ", ".join([*HUB, "tinyshakespeare"])
         sys.exit(f"--dataset={dataset}: no such file or folder; known names: {names}")
     enc = load_tokenizer(tokenizer)
-    options = {"streaming": streaming, "shuffle_buffer": shuffle_buffer, "seed": seed}
-    texts = documents(dataset, subset, text_column, **options)
+    texts = Documents(dataset, subset, text_column, streaming, shuffle_buffer, seed)
     about = {"dataset": dataset, "subset": subset if dataset.startswith("fineweb") else None, "seed": seed}
+    about |= {"text_column": text_column, "shuffle_buffer": shuffle_buffer}
     prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))  # "edufineweb" is build-nanogpt's
     prefix = "edufineweb" if dataset == "fineweb-edu" else prefix
-    meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, **about)
+    made = not os.path.exists(out_dir)
+    lock = lock_folder(out_dir)
+    try:
+        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, **about)
+    finally:
+        lock.release()
+        if made and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing
+            shutil.rmtree(out_dir)
     for split in ("val", "train"):
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, docs, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
@@ -264,5 +353,8 @@ if __name__ == "__main__":
     configure(globals())
     try:
         main()
+    except OSError as e:
+        reason = e.strerror or f"is the disk full? {e}"
+        sys.exit(f"--out_dir={out_dir}: cannot write there ({reason}); mended, the same command goes on")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; {out_dir} is not complete: delete it to start over")
+        sys.exit(f"stopped; the same command goes on behind the whole shards in {out_dir}")

@@ -498,11 +498,18 @@ def start_processes(device):
         torch.cuda.set_device(device)
     if world_size <= 1:
         return 0, 1, device
+    store = None
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun --max-restarts keeps its store, and with it the addresses of processes that are gone: without
+        # names of its own a restart waits for them (torch 2.13, gloo). On several machines the counts differ.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    group = {"store": store, "rank": rank, "world_size": world_size} if store else {}
     if device.startswith("cuda"):
-        dist.init_process_group("nccl", device_id=torch.device(device))
+        dist.init_process_group("nccl", device_id=torch.device(device), **group)
     elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **group)
     else:
         sys.exit(f"--device={device}: one process only; for several use --device=cpu")
     return rank, world_size, device

@@ -14,11 +14,13 @@ of a shard shuffled within it. From the second epoch on the windows start at ano
 
 import functools
 import json
+import math
 import os
 import re
 import sys
 import time
 
+import filelock  # comes with torch and datasets
 import numpy as np
 
 from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
@@ -28,11 +30,32 @@ from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 
 def write_whole(path, write):
     """write(file) under a temporary name, then rename: the file at path is always a whole one."""
-    with open(path + ".tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+def lock_folder(folder):
+    """Make the folder and hold it until this process ends, however it does; exits if another one holds it.
+
+    Returns the lock, which the caller keeps.
+    """
+    os.makedirs(folder, exist_ok=True)
+    lock = filelock.FileLock(os.path.join(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"{folder}/ is in use by another process that writes to it: wait for it, or choose another")
+    except NotImplementedError:
+        print(f"warning: the file system of {folder}/ has no locks: nothing else may write to it")
+    return lock
 
 
 def token_dtype(enc):
@@ -44,6 +67,10 @@ class ShardWriter:
 
     The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two
     shards gives its last tenth to validation instead. Files are renamed into place when whole.
+
+    Where out_dir holds the beginning of the same set, it is continued: `start` is then the state, as add()
+    got it, behind which the caller takes up the stream, and `seen` the number of tokens before that.
+    Exits if what is there was made with other settings, which `about` holds for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about):
@@ -54,18 +81,50 @@ class ShardWriter:
         except MemoryError:
             sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
         self.held = 0  # tokens in the buffer
-        state = tokenizer_state(enc)
+        self.tokenizer = tokenizer_state(enc)
         self.meta = {
             **about,
-            "tokenizer": state if isinstance(state, str) else "tokenizer.json",
+            "shard_size": shard_size,
+            "tokenizer": self.tokenizer if isinstance(self.tokenizer, str) else "tokenizer.json",
             "vocab_size": enc.n_vocab,
             "dtype": self.buffer.dtype.name,
             "complete": False,
             "shards": [],
         }
-        self.tokenizer = state
+        self.start, self.seen, self.again = None, 0, 0  # again: tokens of the stream that are in shards already
+        self.state, self.alive_at = None, 0.0
+        if has_shards(out_dir):
+            self._continue()
 
-    def add(self, tokens):
+    def _continue(self):
+        old = read_meta(self.out_dir)
+        if not old:
+            sys.exit(
+                f"{self.out_dir} holds shards already: choose another --out_dir, or delete it to start over"
+            )
+        for key, value in self.meta.items():
+            if key not in ("complete", "shards") and old.get(key) != value:
+                sys.exit(
+                    f"{self.out_dir} holds shards made with {key}={old.get(key)}, not {value}: choose another "
+                    "--out_dir, or delete it to start over"
+                )
+        if len(old["shards"]) < 2 and not old["complete"]:
+            return  # the first two belong together: they are written again
+        self.meta = old
+        written = sum(shard["tokens"] for shard in old["shards"])
+        if not old["complete"]:
+            self.start, self.seen = old["position"]["state"], old["position"]["tokens"]
+            self.state = self.start
+            self.again = written - self.seen
+            self.last = open_shard(os.path.join(self.out_dir, old["shards"][-1]["file"]))
+
+    def add(self, tokens, state=None):
+        """Take the next tokens of the stream; state (plain JSON values) is where its source is behind them."""
+        self.meta["position"] = {"state": self.state, "tokens": self.seen}  # the start of these tokens
+        self.state = state
+        self.seen += len(tokens)
+        if self.again:
+            tokens = self._compare(tokens)
         while len(tokens):
             full = self.shard_size * (1 if self.meta["shards"] else 2)
             new = tokens[: full - self.held]
@@ -74,6 +133,20 @@ class ShardWriter:
             tokens = tokens[len(new) :]
             if self.held == full:
                 self._flush(self.buffer[:full])
+        if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
+            os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
+            self.alive_at = time.monotonic()
+
+    def _compare(self, tokens):
+        """Drop from tokens what is in shards already; exits if it is not what the last of them ends with."""
+        size, before = len(self.last), self.again
+        known, tokens = tokens[:before], tokens[before:]
+        self.again -= len(known)
+        if self.again < size and not np.array_equal(
+            known[max(0, before - size) :], self.last[max(0, size - before) : size - self.again]
+        ):
+            sys.exit(f"{self.out_dir} holds the beginning of another text than this: choose another --out_dir")
+        return tokens
 
     def close(self):
         """Write what is left; returns the dict of meta.json. Exits if there never was a token."""
@@ -91,6 +164,7 @@ class ShardWriter:
             rest = rest[:cut]
         self._flush(rest)
         self.meta["complete"] = True
+        self.meta.pop("position", None)
         self._write_meta()
         return self.meta
 
@@ -145,6 +219,20 @@ def open_shard(path):
     return tokens
 
 
+def read_meta(data_dir):
+    """The dict of a folder's meta.json, None if it has none. Exits if it is damaged."""
+    path = os.path.join(data_dir, "meta.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as f:
+            meta = json.load(f)
+        [(shard["file"], shard["split"]) for shard in meta["shards"]], meta["complete"], meta["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        sys.exit(f"{path}: damaged ({type(e).__name__}: {e}); make the shards again with python fineweb.py")
+    return meta
+
+
 class Shards:
     """The shards of one folder.
 
@@ -160,25 +248,17 @@ class Shards:
         meta = self.refresh()
         name = meta["tokenizer"]
         self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)
+        if meta.get("vocab_size", self.enc.n_vocab) != self.enc.n_vocab:
+            sys.exit(
+                f"{data_dir}/meta.json: says {meta['vocab_size']} tokens, its tokenizer {name} has "
+                f"{self.enc.n_vocab}; make the shards again with python fineweb.py"
+            )
 
     def refresh(self):
         """Read the folder again; returns the dict of meta.json."""
-        meta = {"tokenizer": "gpt2", "complete": True, "shards": []}
-        path = os.path.join(self.data_dir, "meta.json")
-        if os.path.exists(path):
-            try:
-                with open(path) as f:
-                    meta = json.load(f)
-                (
-                    [(shard["file"], shard["split"]) for shard in meta["shards"]],
-                    meta["complete"],
-                    meta["tokenizer"],
-                )
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                sys.exit(
-                    f"{path}: damaged ({type(e).__name__}: {e}); make the shards again with python fineweb.py"
-                )
-        else:
+        meta = read_meta(self.data_dir)
+        if not meta:
+            meta = {"tokenizer": "gpt2", "complete": True, "shards": []}
             for name in sorted(os.listdir(self.data_dir)):
                 split = re.search(r"(train|val)\D*\d*\.npy$", name)
                 if split:
@@ -241,12 +321,19 @@ class TrainOrder:
         order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
         return order, self.counts[order].cumsum()
 
-    def wait_for(self, n, stopped=lambda: False):
-        """Wait until fineweb.py has written sequence n; False if stopped() came first."""
+    def wait_for(self, n, stopped=lambda: False, timeout=math.inf):
+        """Wait until fineweb.py has written sequence n.
+
+        False if stopped() came first, or if there was no sign of life from it for `timeout` seconds.
+        """
         if not self.shards.complete and n >= self.per_epoch:
             self.say(f"waiting for fineweb.py to write training shard {len(self.counts) + 1}")
+        sign, heard_at = None, time.monotonic()
         while not self.shards.complete and n >= self.per_epoch:
-            if stopped():
+            latest = os.stat(os.path.join(self.shards.data_dir, "meta.json")).st_mtime_ns
+            if latest != sign:
+                sign, heard_at = latest, time.monotonic()
+            if stopped() or time.monotonic() - heard_at > timeout:
                 return False
             time.sleep(self.poll_seconds)
             self.shards.refresh()
@@ -254,22 +341,24 @@ class TrainOrder:
         return True
 
     def locate(self, n):
-        """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard."""
-        self.wait_for(n)
+        """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard.
+
+        In a folder that is not complete, wait_for(n) comes first.
+        """
         epoch, rank = divmod(n, self.per_epoch)
         order, ends = self._shard_ends(epoch)
         place = int(np.searchsorted(ends, rank, side="right"))
         shard = int(order[place])
         return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
 
-    def batches(self, step, sequences, B, rank=0, world_size=1):
-        """Yield one process's micro-batches of a step of so many sequences, in turns of B each.
+    def batches(self, first, count, B, rank=0, world_size=1):
+        """Yield one process's micro-batches of sequences first .. first + count - 1, in turns of B each.
 
         Each is an int64 array (B, T + 1): the inputs are all but the last column, the targets all but
         the first.
         """
-        for first in range(step * sequences + rank * B, (step + 1) * sequences, world_size * B):
-            places = [self.locate(n) for n in range(first, first + B)]
+        for n in range(first + rank * B, first + count, world_size * B):
+            places = [self.locate(i) for i in range(n, n + B)]
             paths = [self.shards.train[shard][0] for _, shard, _ in places]
             yield np.stack(
                 [self.shards.read(p, start, self.T + 1) for p, (*_, start) in zip(paths, places, strict=True)]

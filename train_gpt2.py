@@ -3,7 +3,7 @@
     python train_gpt2.py                                  # no shards yet: a demo of a minute on a laptop
     python train_gpt2.py --data_dir=my_shards --B=16      # one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --max_steps=57219
-    python train_gpt2.py --resume                         # go on where log/ stopped
+    python train_gpt2.py --resume                         # go on where log/ stopped, or start
     python train_gpt2.py --init_from=gpt2 --max_lr=3e-5 --min_lr=3e-6 --warmup_steps=50   # fine-tune
     python train_gpt2.py --eval_only=True --ckpt=gpt2     # validation loss of any model
 
@@ -15,11 +15,12 @@ of processes and any B: see shards.py. Step s is logged before its update, so mo
 """
 
 import dataclasses
+import errno
 import functools
-import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -32,12 +33,12 @@ from tqdm import tqdm
 
 import ewok
 import hellaswag
-from configurator import configure, current_settings
+from configurator import configure, current_settings, read_settings
 from fineweb import write_demo_shards
+from logdir import LogDir, check_finite, load_resume, model_path, newest_checkpoint
 from model import (
     GPT,
     GPTConfig,
-    load_checkpoint,
     load_model,
     local_first,
     pick_autocast,
@@ -45,7 +46,7 @@ from model import (
     start_processes,
     stream_text,
 )
-from shards import Shards, TrainOrder, has_shards, read_windows, val_windows, write_whole
+from shards import Shards, TrainOrder, has_shards, read_windows, val_windows
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
@@ -85,6 +86,11 @@ sample_prompt = "Hello, I'm a language model,"  # how it starts; empty: <|endoft
 sample_tokens = 48  # how long it is
 save_every = 5000  # checkpoints
 exposure_every = 0  # log/exposure.jsonl: which tokens the model has seen
+# what can go wrong
+save_minutes = 60.0  # a checkpoint as well when the last one is this old; 0: never
+keep_checkpoints = 0  # keep this many model_*.pt, the newest, and the best by validation loss; 0: all
+max_bad_steps = 10  # end after so many steps in a row whose loss or gradient is not finite
+data_timeout = 60.0  # end when shards are missing and fineweb.py has been silent for so many minutes
 # machine
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
@@ -114,18 +120,32 @@ PEAK_FLOPS = {
 DEMO_DIR = "demo_data"
 
 
+# The settings that say what is learned. A resumed run keeps its own, but for those on the command line.
+LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_steps max_lr min_lr weight_decay
+    beta1 beta2 grad_clip dtype""".split()
+
+
 def default_settings(given):
     """The settings below the command line's: those of the run to resume, or of the preset."""
-    resume_path = os.path.join(given.get("log_dir", log_dir), "resume.pt")
-    name = given.get("preset", "auto")
+    folder, name = given.get("log_dir", log_dir), given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
-    if given.get("resume") and os.path.exists(resume_path):
-        saved = load_checkpoint(resume_path, mmap=True)["settings"]
+    saved = load_resume(folder, mmap=True) if given.get("resume") else None
+    if saved:
+        settings = saved["settings"]
+        if name not in ("auto", settings["preset"]):
+            sys.exit(f"--preset={name}: the run in {folder} has {settings['preset']}; leave it out")
+        for key, value in file_settings(settings["preset"]).items():
+            was = saved["defaults"].get(key, value)
+            if key in LEARNING and key not in given and value not in (was, settings[key]):
+                sys.exit(
+                    f"{key} is {value} in {os.path.basename(__file__)} now, and {settings[key]} in the run in "
+                    f"{folder}: say which with --{key}="
+                )
         for key in ("n_layer", "n_head", "n_embd"):
-            if given.get(key, saved[key]) != saved[key]:
-                sys.exit(f"--{key}={given[key]}: the run to resume has {key}={saved[key]}; leave it out")
-        return {key: value for key, value in saved.items() if key not in ("log_dir", "resume")}
+            if given.get(key, settings[key]) != settings[key]:
+                sys.exit(f"--{key}={given[key]}: the model in {folder} has {settings[key]}; leave it out")
+        return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
@@ -135,7 +155,9 @@ def default_settings(given):
     return settings
 
 
-# -- parts of a step ----------------------------------------------------------------
+def file_settings(name):
+    """The settings as this file has them, under a preset."""
+    return {key: value for key, (value, _) in read_settings(__file__).items()} | PRESETS[name]
 
 
 def get_lr(step):
@@ -180,56 +202,18 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     }
 
 
-# -- the log folder -----------------------------------------------------------------
-
-LOGS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
-
-
-def start_log(log_dir):
-    """Make the folder; the files of an earlier run in it move to log_dir/old_<n>."""
-    os.makedirs(log_dir, exist_ok=True)
-    names = os.listdir(log_dir)
-    old = [name for name in names if name in (*LOGS, "resume.pt") or name.startswith("model_")]
-    if old:
-        aside = os.path.join(log_dir, f"old_{1 + sum(name.startswith('old_') for name in names)}")
-        os.makedirs(aside)
-        for name in old:
-            os.rename(os.path.join(log_dir, name), os.path.join(aside, name))
-        print(f"{log_dir}/ held an earlier run: moved to {aside}/ (--resume would have gone on with it)")
-
-
-def rewind_log(log_dir, step, evaluated_step):
-    """Drop what was logged behind the state that resume.pt holds: the resumed run writes it again."""
-
-    def comes_before(line):
-        try:
-            if line.startswith("{"):
-                record = json.loads(line)
-                at, kind = record["step"], record.get("kind")
-            else:
-                at, kind, _ = line.split()
-            return int(at) < step or (int(at) == step == evaluated_step and kind != "train")
-        except ValueError:  # cut short by a crash
-            return False
-
-    for path in (os.path.join(log_dir, name) for name in LOGS):
-        if os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if comes_before(line)]
-            write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
+# -- the run ------------------------------------------------------------------------
 
 
 def check_settings():
     """Exit with one line if a number makes no sense."""
-    positive = "n_layer n_head n_embd B T total_batch_size val_tokens sample_tokens".split()
-    at_least_0 = (
-        "seed max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 grad_clip eval_every".split()
-    )
-    at_least_0 += "hellaswag_every hellaswag_limit ewok_every sample_every save_every exposure_every".split()
-    for least, keys in ((1, positive), (0, at_least_0)):
-        for key in keys:
-            if not globals()[key] >= least:  # which is also true of nan
-                sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+    positive = "n_layer n_head n_embd B T total_batch_size val_tokens sample_tokens max_bad_steps".split()
+    for key, value in current_settings(globals()).items():
+        least = 1 if key in positive else 0
+        if not isinstance(value, str) and not value >= least:  # which is also true of nan
+            sys.exit(f"--{key}={value}: must be at least {least}")
+    if seed >= 1 << 63:
+        sys.exit(f"--seed={seed}: must be less than 2^63")
     if min_lr > max_lr:
         sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
@@ -292,10 +276,31 @@ def check_tokenizer(name, enc, shards):
         )
 
 
-# -- the run ------------------------------------------------------------------------
+def restore_optimizer(optimizer, state):
+    """Load an optimizer's state, but for what the settings say; exits if it is another model's."""
+    groups = [{key: g[key] for key in ("betas", "weight_decay")} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        same = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
+    except (ValueError, KeyError):
+        same = False
+    if not same:
+        sys.exit(f"{log_dir}/resume.pt: is not of the model beside it; both are needed to go on")
+    for group, now in zip(optimizer.param_groups, groups, strict=True):
+        group.update(now)
 
 
-def main(demo):
+def resume_command(world_size):
+    """What to type to go on with this run."""
+    script = "train_gpt2.py --resume" + (f" --log_dir={shlex.quote(log_dir)}" if log_dir != "log" else "")
+    if world_size == 1:
+        return f"python {script}"
+    if world_size == int(os.environ["LOCAL_WORLD_SIZE"]):
+        return f"torchrun --standalone --nproc_per_node={world_size} {script}"
+    return f"the same torchrun command with {script}"
+
+
+def main(given):
     check_settings()
     rank, world_size, where = start_processes(device)
     master = rank == 0
@@ -311,7 +316,7 @@ def main(demo):
     # Data
     if eval_only:
         model, enc = load_model(ckpt, where, log_dir)
-    if demo:
+    if data_dir == DEMO_DIR and "data_dir" not in given:
         local_first(make_demo_data)
     shards = Shards(data_dir)
     if eval_only:
@@ -329,13 +334,8 @@ def main(demo):
 
     # Model and optimizer: of the run to resume, around given weights, or fresh
     torch.manual_seed(seed)
-    saved = None
-    resume_path = os.path.join(log_dir, "resume.pt")
-    if resume and os.path.exists(resume_path):
-        saved = load_checkpoint(resume_path)
-        source = os.path.join(log_dir, f"model_{saved['step']:05d}.pt")
-    else:
-        source = init_from
+    saved = load_resume(log_dir) if resume else None
+    source = model_path(log_dir, saved["step"]) if saved else init_from
     if source:
         raw_model, enc = load_model(source, where, log_dir)
         check_tokenizer(source, enc, shards)
@@ -347,23 +347,31 @@ def main(demo):
     raw_model.train()
     optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
-    start_step, evaluated_step, saved_step = 0, None, None
+    # The step, the sequences of the data behind it, those in exposure.jsonl, bad steps in a row up to it
+    start_step, first_sequence, exposed, bad_steps = 0, 0, 0, 0
+    evaluated_step = None
     if saved:
         if saved["data"] != shard_sizes(shards)[: len(saved["data"])]:
             sys.exit(
                 f"{data_dir}: not the shards that the run in {log_dir} has read; it cannot go on with them"
             )
-        start_step = saved_step = saved["step"]
-        say(f"resuming {log_dir} at step {start_step}")
-        evaluated_step = saved["evaluated_step"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group in optimizer.param_groups:  # as the settings say, which the command line may have changed
-            group["betas"] = (beta1, beta2)
-            group["weight_decay"] = weight_decay if group["params"][0].dim() >= 2 else 0.0
+        if "dtype" not in given and saved["precision"] != str(precision):
+            sys.exit(
+                f"the run in {log_dir} computes in {saved['precision'][6:]}, --dtype=auto is "
+                f"{str(precision)[6:]} here: say which with --dtype="
+            )
+        start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
+        first_sequence, exposed = -(-saved["tokens"] // T), saved["exposed"]
+        restore_optimizer(optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        del saved
+        changed = [
+            f"{key}={value} instead of {saved['settings'][key]}"
+            for key, value in given.items()
+            if key in LEARNING and value != saved["settings"][key]
+        ]
+        say(f"resuming {log_dir} at step {start_step}" + (f" with {', '.join(changed)}" if changed else ""))
     model = torch.compile(raw_model) if use_compile(device_type) else raw_model
     train_model = model
     if world_size > 1:
@@ -387,90 +395,94 @@ def main(demo):
         hellaswag_items = load_eval_items("HellaSwag", load, where, say)
     if ewok_every:
         ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
-    log_files = {}
-    if master:
-        try:
-            if saved_step is None:
-                start_log(log_dir)
-            else:
-                rewind_log(log_dir, start_step, evaluated_step)
-            names = LOGS if exposure_every else LOGS[:2]
-            log_files = {name: open(os.path.join(log_dir, name), "a", buffering=1) for name in names}
-        except OSError as e:
-            sys.exit(f"--log_dir={log_dir}: cannot write there ({e.strerror})")
+    log = LogDir(log_dir, saved) if master else None
+    record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
-
-    def log(step, kind, value, **more):
-        if master:
-            digits = 6 if kind == "train" else 4
-            log_files["log.txt"].write(f"{step} {kind} {value:.{digits}f}\n")
-            log_files["metrics.jsonl"].write(json.dumps({"step": step, "kind": kind, **more}) + "\n")
+    saved_step, saved_at = start_step if saved else None, time.monotonic()
+    del saved
 
     def due(every, step):
         return every > 0 and (step % every == 0 or step == max_steps)
 
-    stop_requests = []  # when each Ctrl-C (or SIGTERM) came
+    stop_requests = []  # the signals that came: Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1
+    interrupted_at = []
 
     def request_stop(signum, frame):
-        stop_requests.append(time.monotonic())
-        if stop_requests[-1] - stop_requests[0] > 1:  # sooner, it may be torchrun that passes on the first
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+        stop_requests.append(signum)
+        if signum == signal.SIGINT:
+            interrupted_at.append(time.monotonic())
+            if (
+                interrupted_at[-1] - interrupted_at[0] > 1
+            ):  # sooner, it may be torchrun that passes on the first
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
         if master:  # print() must not be called again while it is at work
-            os.write(1, b"\nstopping after this step; once more stops at once\n")
+            os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
 
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    stopping = False
+    def asked_to_stop():
+        return not all_agree(not stop_requests, where)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, request_stop)
+    stopping, save_now = False, False
     waiting = not all_agree(shards.complete, where)  # for shards that fineweb.py has yet to write
+    if waiting:
+        say(f"{data_dir} is not complete: {len(shards.train)} training shards now, more as fineweb.py goes on")
 
     if start_step > max_steps:
         say(f"nothing to do: the run is at step {start_step}, --max_steps={max_steps}")
     for step in range(start_step, max_steps + 1):
+        sequence = first_sequence + (step - start_step) * sequences  # the first of this step
+        abandoned = False
         if waiting and not stopping and step < max_steps:
             # Together, before the step: a rank must not sleep while the others wait for it in a collective.
-            found = order.wait_for((step + 1) * sequences - 1, stopped=lambda: stop_requests)
+            last = sequence + sequences - 1
+            found = order.wait_for(last, stopped=lambda: stop_requests, timeout=60 * data_timeout)
             stopping = not all_agree(found, where)
+            abandoned = stopping and not asked_to_stop()
             waiting = not all_agree(shards.complete, where)
         val_loss = None  # of this step, if it is measured
 
-        # Once in a while: the validation loss, a sample, what has been read
-        if evaluated_step != step and not stopping:
-            if due(eval_every, step) and shards.val:
-                result = evaluate(model, shards, B, T, val_tokens, autocast, rank, world_size)
-                val_loss = result["loss"]
-                log(step, "val", val_loss, **result)
-                say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte")
-            if due(hellaswag_every, step) and hellaswag_items:
-                with autocast:
-                    result = hellaswag.evaluate(
-                        raw_model, enc, hellaswag_items, rank=rank, world_size=world_size
-                    )
-                log(step, "hella", result["acc_norm"], **result)
-                say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
-            if due(ewok_every, step) and ewok_items:
-                with autocast:
-                    result, _ = ewok.evaluate(raw_model, enc, ewok_items, rank=rank, world_size=world_size)
-                log(step, "ewok", result["context"], **result)
-                say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
+        # Once in a while: the validation loss, the evals, a sample, what has been read
+        evaluating = evaluated_step != step and not stopping
+        if evaluating and due(eval_every, step) and shards.val:
+            result = evaluate(model, shards, B, T, val_tokens, autocast, rank, world_size)
+            val_loss = result["loss"]
+            say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte")
+            record(step, "val", val_loss, **result)
+            stopping = asked_to_stop()
+        if evaluating and not stopping and due(hellaswag_every, step) and hellaswag_items:
+            with autocast:
+                result = hellaswag.evaluate(raw_model, enc, hellaswag_items, rank=rank, world_size=world_size)
+            say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
+            record(step, "hella", result["acc_norm"], **result)
+            stopping = asked_to_stop()
+        if evaluating and not stopping and due(ewok_every, step) and ewok_items:
+            with autocast:
+                result, _ = ewok.evaluate(raw_model, enc, ewok_items, rank=rank, world_size=world_size)
+            say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
+            record(step, "ewok", result["context"], **result)
+            stopping = asked_to_stop()
+        if evaluating and not stopping:
             if due(sample_every, step) and master:
                 rng = torch.Generator(where).manual_seed(seed)
                 with autocast:
                     pieces = stream_text(raw_model, enc, sample_prompt, sample_tokens, top_k=50, generator=rng)
                     text = sample_prompt + "".join(piece for (piece,) in pieces)
-                record = {"step": step, "kind": "sample", "text": text}
-                log_files["metrics.jsonl"].write(json.dumps(record) + "\n")
+                log.note(step, "sample", text=text)
                 say(f"step {step:5d} | sample:\n{text}\n")
             if due(exposure_every, step) and master and step:
-                first = (step - 1) // exposure_every * exposure_every
-                for record in order.exposure(first * sequences, step * sequences):
-                    log_files["exposure.jsonl"].write(json.dumps({"step": step, **record}) + "\n")
+                for read in order.exposure(exposed, sequence):
+                    log.note(step, "exposure", file="exposure.jsonl", **read)
+                exposed = sequence
             evaluated_step = step
 
-        # Save: the model first, then resume.pt, which names it by its step
-        if step != saved_step and (stopping or step == max_steps or (step and due(save_every, step))):
+        # Save what the next process needs to go on as if nothing had happened
+        save_now = save_now or stopping or step == max_steps or (step and due(save_every, step))
+        if save_now and step != saved_step:
+            check_finite(log_dir, step, raw_model.parameters())
             if master:
-                state = {
+                model_state = {
                     "model": raw_model.state_dict(),
                     "config": dataclasses.asdict(raw_model.config),
                     "step": step,
@@ -478,27 +490,36 @@ def main(demo):
                     "settings": settings,
                     "tokenizer": tokenizer_state(enc),
                 }
-                path = os.path.join(log_dir, f"model_{step:05d}.pt")
-                write_whole(path, functools.partial(torch.save, state))
-                state = {
+                resume_state = {
                     "step": step,
                     "evaluated_step": evaluated_step,
+                    "tokens": sequence * T,
+                    "exposed": exposed,
+                    "bad_steps": bad_steps,
                     "data": shard_sizes(shards),
                     "settings": settings,
+                    "defaults": file_settings(preset),
+                    "precision": str(precision),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                     "rng": torch.get_rng_state(),
                 }
-                write_whole(resume_path, functools.partial(torch.save, state))
-            say(f"step {step:5d} | saved {log_dir}/model_{step:05d}.pt")
-            saved_step = step
-        if stopping:
-            say("stopped; the same command with --resume goes on from here")
-        elif step == max_steps:
-            say(f"done; see what it writes: python sample.py --log_dir={log_dir}")
+                say(f"step {step:5d} | saved {log.save(model_state, resume_state, keep_checkpoints)}")
+            saved_step, saved_at = step, time.monotonic()
+        save_now = False
         if stopping or step == max_steps:
             if world_size > 1:
                 dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
+            if abandoned:
+                sys.exit(
+                    f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved: start "
+                    f"fineweb.py again, then {resume_command(world_size)}"
+                )
+            say(
+                f"stopped; go on with: {resume_command(world_size)}"
+                if stopping
+                else f"done; see what it writes: python sample.py --log_dir={log_dir}"
+            )
             break
 
         # The update: forward and backward for each micro-batch, then one step of AdamW
@@ -506,8 +527,8 @@ def main(demo):
         lr = get_lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = torch.zeros(2, device=where)  # of the loss over micro-batches, of requests to stop
-        for micro_step, rows in enumerate(order.batches(step, sequences, B, rank, world_size)):
+        sums = torch.zeros(3, device=where)  # of the loss, of requests to stop, of wishes to save
+        for micro_step, rows in enumerate(order.batches(sequence, sequences, B, rank, world_size)):
             rows = to_device(rows)  # (B, T + 1)
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
@@ -515,45 +536,73 @@ def main(demo):
             sums[0] += loss.detach()
             scaler.scale(loss / grad_accum_steps).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
         sums[1] = len(stop_requests)
+        sums[2] = master and save_minutes > 0 and time.monotonic() - saved_at >= 60 * save_minutes
         if world_size > 1:
             dist.all_reduce(sums)
-        loss = sums[0].item() / (grad_accum_steps * world_size)
-        stopping = sums[1].item() > 0
+        loss, stops, saves = sums.tolist()
+        loss /= grad_accum_steps * world_size
+        stopping, save_now = stops > 0, saves > 0
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        bad_steps = bad_steps + 1 if bad else 0
+        if not bad:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - t0
-        record = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}
-        record["tokens_per_second"] = total_batch_size / seconds
-        record["tokens"] = (step + 1) * total_batch_size
-        record["epoch"] = (step + 1) * sequences / order.per_epoch if shards.complete else None
+        speed = total_batch_size / seconds
+        seen = sequence + sequences
+        more = {"tokens": seen * T, "epoch": seen / order.per_epoch if shards.complete else None}
         mfu = ""
         if peak:
-            record["mfu"] = flops_per_token * record["tokens_per_second"] / (peak * world_size)
-            mfu = f" | mfu {100 * record['mfu']:.1f}%"
-        log(step, "train", loss, **record)
+            more["mfu"] = flops_per_token * speed / (peak * world_size)
+            mfu = f" | mfu {100 * more['mfu']:.1f}%"
         say(
             f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-            f"{1000 * seconds:.0f}ms | {record['tokens_per_second']:,.0f} tok/s{mfu}"
+            f"{1000 * seconds:.0f}ms | {speed:,.0f} tok/s{mfu}"
         )
+        if bad:
+            more["skipped"] = list(order.exposure(sequence, seen))
+            data = ", ".join(
+                f"epoch {r['epoch']} {r['shard']} tokens {r['tokens'][0][0]} to {r['tokens'][-1][1]}"
+                for r in more["skipped"]
+            )
+            say(f"step {step:5d} | not finite: no update, {bad_steps} in a row; the data: {data}")
+        more |= {"loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds, "tokens_per_second": speed}
+        record(step, "train", loss, **more)
+        if bad_steps >= max_bad_steps:
+            sys.exit(
+                f"step {step}: {bad_steps} steps in a row were not finite, the last on {data}; "
+                f"{newest_checkpoint(log_dir)}; try a lower --max_lr, or other data with --seed="
+            )
+
+
+def explain(e):
+    """The line for an error that is no fault of the code, None for others."""
+    if isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "memory" in str(e)):
+        hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
+        return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
+    if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
+        return f"process {os.environ.get('RANK')} ends, since another one has ended"
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return f"--log_dir={log_dir}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
 
 if __name__ == "__main__":
     try:
         try:
-            given = configure(globals(), default_settings)
-            main(demo=data_dir == DEMO_DIR and "data_dir" not in given)
-        except (torch.OutOfMemoryError, RuntimeError) as e:
-            if "memory" not in str(e):  # on CPUs and mps it is a RuntimeError
+            main(configure(globals(), default_settings))
+        except Exception as e:
+            line = explain(e)
+            if not line:
                 raise
-            hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
-            sys.exit(f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same")
+            sys.exit(line)
     except SystemExit as e:
         if e.code and int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(2)  # most likely rank 0 says the same, and torchrun ends this one: one line is enough
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # most likely rank 0 says why, and torchrun ends this one: one line is enough
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

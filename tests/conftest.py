@@ -1,5 +1,6 @@
 """Shared by the tests: scripts run in this process or in one of their own, and the GPT-2 vocabulary."""
 
+import gc
 import json
 import os
 import runpy
@@ -25,6 +26,10 @@ TEXT = "".join(
 )  # some 12 kB
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs for each run of test_kill.py")
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """The gpt2 Encoding; skips where its vocabulary cannot be had."""
@@ -46,11 +51,12 @@ def run(tmp_path, monkeypatch, capsys):
     A SystemExit passes through, as it is what a user sees.
     """
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *args])
         capsys.readouterr()
+        gc.collect()  # a script that ended lets go of its folders
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:

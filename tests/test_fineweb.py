@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import time
 
 import numpy as np
 import pytest
 
 import fineweb
 from conftest import TEXT
-from fineweb import documents, read_text, tokenize, write_shards
+from fineweb import Documents, read_text, tokenize, write_shards
+from shards import ShardWriter
 from tokenizer import EOT, load_tokenizer
 
 ENC = load_tokenizer("bytes")
@@ -106,27 +108,175 @@ def test_shuffle_buffer_is_a_seeded_permutation(run, tmp_path, name):
 def test_rows_without_text_are_left_out(tmp_path):
     rows = [{"text": None}, {"text": "a"}, {"text": ""}, {"text": "b"}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(documents(str(tmp_path / "d.jsonl"))) == ["a", "b"]
+    assert list(Documents(str(tmp_path / "d.jsonl"))) == ["a", "b"]
 
 
 def test_chats_are_flattened(tmp_path, monkeypatch):
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": chat}))
-    (text,) = documents(str(tmp_path / "d.jsonl"), text_column="messages")
+    (text,) = Documents(str(tmp_path / "d.jsonl"), text_column="messages")
     assert text == "User: Hi?\n\nAssistant: Hello."
 
 
 @pytest.mark.parametrize("batch_chars", [1, 100, 10**6])
 def test_tokenize_keeps_the_order(gpt2, batch_chars):
-    found = np.concatenate(list(tokenize(TEXTS, gpt2, np.uint16, batch_chars)))
+    found = np.concatenate([tokens for tokens, _ in tokenize(TEXTS, gpt2, np.uint16, batch_chars)])
     expected = [t for text in TEXTS for t in [gpt2.eot_token, *gpt2.encode_ordinary(text)]]
     assert found.tolist() == expected
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Eight files of 400 documents, 3.3 MB: seven batches of tokenize, 166 shards of 20,000 bytes."""
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        texts = [f"{i} {k} {TEXT[:1024]}" for k in range(400)]
+        (tmp_path / "texts" / f"{i}.jsonl").write_text(jsonl(texts))
+    return ["--dataset=texts", "--tokenizer=bytes", "--shard_size=2e4"]
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """dies_at(n): writing shard n fails, once."""
+    write = ShardWriter._write_shard
+
+    def patch(n):
+        def patched(self, tokens):
+            if len(self.meta["shards"]) == n:
+                monkeypatch.setattr(ShardWriter, "_write_shard", write)
+                raise ZeroDivisionError
+            write(self, tokens)
+
+        monkeypatch.setattr(ShardWriter, "_write_shard", patched)
+
+    return patch
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [[], ["--streaming=False"], ["--shuffle_buffer=99"], ["--max_tokens=3e6"]])
+def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, options):
+    """Byte for byte the same, and what is finished is not tokenized again, nor read, where that can be."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run("fineweb.py", *corpus, *options, "--out_dir=whole")
+    whole = contents(tmp_path / "whole")
+    for n in (0, 1, 2, 140):
+        dies_at(n)
+        with pytest.raises(ZeroDivisionError) as e:
+            run("fineweb.py", *corpus, *options, f"--out_dir=died{n}")
+        del e
+        meta_path = tmp_path / f"died{n}" / "meta.json"
+        assert not meta_path.exists() or not json.loads(meta_path.read_text())["complete"]
+        encoded, encode = [], fineweb.encode
+        monkeypatch.setattr(
+            fineweb, "encode", lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a)
+        )
+        out = run("fineweb.py", *corpus, *options, f"--out_dir=died{n}")
+        monkeypatch.setattr(fineweb, "encode", encode)
+        assert contents(tmp_path / f"died{n}") == whole
+        if n == 140:
+            assert "died140 has 140 shards: going on behind them" in out
+            size = sum(map(len, encoded))
+            left = len(whole) - 2 - 140  # shards
+            assert size < 2e4 * left + 2 * (1 << 19), "at most a batch too many"
+
+
+def test_finished_files_are_not_read_again(tmp_path, monkeypatch, corpus):
+    documents = Documents(str(tmp_path / "texts"))
+    texts = []
+    for i, text in enumerate(documents):
+        texts.append(text)
+        if i in (0, 5, 1999, 3199):
+            again = Documents(str(tmp_path / "texts"))
+            again.load_state_dict(json.loads(json.dumps(documents.state_dict())))
+            if i == 1999:
+                (tmp_path / "texts" / "0.jsonl").write_text(jsonl(["not read"] * 400))
+            rest = list(again)
+            assert len(rest) == 3199 - i and "not read" not in rest
+    assert len(texts) == 3200
+
+
+def test_a_network_that_hiccups(monkeypatch, capsys):
+    """Five failures in a row are borne, wherever they come; each document comes once."""
+    import datasets
+
+    fails = {7: 3, 8: 5, 20: 1}
+
+    def rows():
+        for i in range(30):
+            if fails.get(i, 0):
+                fails[i] -= 1
+                raise ConnectionError("reset by peer")
+            yield {"text": f"document {i}"}
+
+    sleeps = []
+    monkeypatch.setattr(fineweb, "open_rows", lambda *args: [datasets.IterableDataset.from_generator(rows)])
+    monkeypatch.setattr(fineweb.time, "sleep", sleeps.append)
+    assert list(Documents("fineweb-edu")) == [f"document {i}" for i in range(30)]
+    assert sleeps == [2, 4, 8, 2, 4, 8, 16, 32, 2]
+    assert "fineweb-edu: ConnectionError: reset by peer; reading on in 2 s" in capsys.readouterr().err
+    fails[12] = 6
+    with pytest.raises(
+        SystemExit, match=r"^cannot read fineweb-edu: ConnectionError: reset by peer; go online, or"
+    ):
+        list(Documents("fineweb-edu"))
+
+
+def test_a_folder_that_is_taken(run, tmp_path, corpus, dies_at):
+    from shards import lock_folder
+
+    (tmp_path / "out").mkdir()
+    lock = lock_folder(str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match=r"^out/ is in use by another process that writes to it"):
+        run("fineweb.py", *corpus, "--out_dir=out")
+    assert list(contents(tmp_path / "out")) == [".lock"]
+    lock.release()
+    dies_at(100)
+    with pytest.raises(ZeroDivisionError):
+        run("fineweb.py", *corpus, "--out_dir=out")
+    before = contents(tmp_path / "out")
+    for args, message in (
+        (["--shard_size=3e4"], r"out holds shards made with shard_size=20000, not 30000: choose another"),
+        (["--seed=2"], r"out holds shards made with seed=1337, not 2: choose another"),
+        (["--max_tokens=1e6"], r"out holds shards made with max_tokens=0, not 1000000: choose another"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run("fineweb.py", *corpus, *args, "--out_dir=out")
+        assert contents(tmp_path / "out") == before
+    for i in range(8):
+        (tmp_path / "texts" / f"{i}.jsonl").write_text(jsonl([f"{i} {k} {TEXT[5:1024]}" for k in range(400)]))
+    with pytest.raises(SystemExit, match=r"out holds the beginning of another text than this"):
+        run("fineweb.py", *corpus, "--out_dir=out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_complete_folder_is_left_alone(run, tmp_path, corpus):
+    run("fineweb.py", *corpus, "--out_dir=out")
+    before = contents(tmp_path / "out")
+    assert "out is complete already: nothing to do" in run("fineweb.py", *corpus, "--out_dir=out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_rows_that_are_no_text(tmp_path):
+    values = ["first", 5, None, ["x", "y"], {"a": 1}, "", 2.5, True, [], [{"role": "user"}], "last"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    assert list(Documents(str(tmp_path / "d.jsonl"))) == ["first", "last"]
+
+
+@pytest.mark.parametrize("char", ["a", " ", "\n", "-", "7", "漢", "🙂"])
+def test_megabytes_of_one_character(gpt2, char):
+    start = time.perf_counter()
+    ((tokens, _),) = tokenize([char * 3_000_000], gpt2, np.uint16)
+    assert gpt2.decode(tokens[1:].tolist()) == char * 3_000_000
+    assert time.perf_counter() - start < 30
 
 
 def test_odd_documents(tmp_path):
     """Half a surrogate pair, and a megabyte of one character."""
     texts = ["\ud83d alone", "a" * 1_000_000]
-    tokens = np.concatenate(list(tokenize(texts, ENC, np.uint16)))
+    tokens = np.concatenate([tokens for tokens, _ in tokenize(texts, ENC, np.uint16)])
     assert ENC.decode(tokens.tolist()) == f"{EOT}? alone{EOT}{texts[1]}"
 
 
@@ -166,10 +316,10 @@ def test_tinyshakespeare_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/broken")
     with pytest.raises(SystemExit, match=r"cannot download .*; put it at tinyshakespeare\.txt"):
-        list(documents("tinyshakespeare"))
+        list(Documents("tinyshakespeare"))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/whole")
-    assert list(documents("tinyshakespeare")) == ["x" * 20000]
+    assert list(Documents("tinyshakespeare")) == ["x" * 20000]
     server.shutdown()
 
 

@@ -123,7 +123,7 @@ def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, world_size, B)
     for step in range(20):  # two epochs and more
         rows = []
         for rank in range(world_size):
-            batches = list(order.batches(step, sequences, B, rank, world_size))
+            batches = list(order.batches(step * sequences, sequences, B, rank, world_size))
             assert len(batches) == sequences // (B * world_size)
             for batch in batches:
                 assert batch.shape == (B, 17)
@@ -173,6 +173,7 @@ def test_waits_for_a_writer(tmp_path):
         writer.close()
 
     order = TrainOrder(Shards(str(tmp_path / "part")), 16, 3, say=say, poll_seconds=0)
+    assert order.wait_for(len(expected) - 1)
     assert [order.locate(n) for n in range(len(expected))] == expected
     assert said == ["waiting for fineweb.py to write training shard 2"]
 

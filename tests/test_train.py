@@ -4,7 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +16,9 @@ import requests
 import torch
 
 import fineweb
+import model as model_module
 import shards as shards_module
-from conftest import TEXT, read_jsonl, read_log
+from conftest import ROOT, TEXT, read_jsonl, read_log
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_checkpoint, load_model
 from tokenizer import load_tokenizer
@@ -29,7 +34,7 @@ def weights(folder, step=8):
     return load_checkpoint(str(folder / f"model_{step:05d}.pt"))["model"]
 
 
-def assert_same_run(a, b):
+def assert_same_run(a, b, step=8):
     """Bit for bit: log.txt, the metrics but for the time they took, weights and optimizer state."""
     assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
     timeless = [
@@ -40,8 +45,8 @@ def assert_same_run(a, b):
         for x in (a, b)
     ]
     assert timeless[0] == timeless[1]
-    for name, value in weights(a).items():
-        assert torch.equal(value, weights(b)[name]), name
+    for name, value in weights(a, step).items():
+        assert torch.equal(value, weights(b, step)[name]), name
     states = [load_checkpoint(str(x / "resume.pt"))["optimizer"]["state"] for x in (a, b)]
     assert states[0].keys() == states[1].keys()
     for i, state in states[0].items():
@@ -116,7 +121,7 @@ def test_steps_equal_a_plain_loop(run, shards, tmp_path):
         lr = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / 6)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-        (rows,) = order.batches(step, 16, 16)
+        (rows,) = order.batches(16 * step, 16, 16)
         rows = torch.from_numpy(rows)
         logits = model(rows[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -156,10 +161,10 @@ def at_step(monkeypatch):
     batches = shards_module.TrainOrder.batches
 
     def patch(k, action):
-        def patched(self, step, *args):
-            if step == k:
+        def patched(self, first, sequences, *args):
+            if first == k * sequences:
                 action()
-            return batches(self, step, *args)
+            return batches(self, first, sequences, *args)
 
         monkeypatch.setattr(shards_module.TrainOrder, "batches", patched)
 
@@ -174,7 +179,7 @@ def test_stopped_after_any_step_and_resumed(run, shards, tmp_path, at_step, dtyp
         at_step(k, lambda: os.kill(os.getpid(), signal.SIGINT))
         out = run("train_gpt2.py", *args, f"--log_dir=stopped{k}")
         assert f"saved stopped{k}/model_{k + 1:05d}.pt" in out
-        assert "the same command with --resume goes on from here" in out
+        assert f"go on with: python train_gpt2.py --resume --log_dir=stopped{k}" in out
         at_step(-1, None)
         run("train_gpt2.py", "--resume", f"--log_dir=stopped{k}")  # with the settings of the run
         assert_same_run(tmp_path / "log", tmp_path / f"stopped{k}")
@@ -203,10 +208,13 @@ def test_resume_under_other_conditions(run, shards, tmp_path, at_step):
         f.write("5 tr")
     with open(tmp_path / "log" / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "ki')
-    with pytest.raises(SystemExit, match=r"--n_layer=5: the run to resume has n_layer=2; leave it out"):
+    with pytest.raises(SystemExit, match=r"--n_layer=5: the model in log has 2; leave it out"):
         run("train_gpt2.py", "--resume", "--n_layer=5")
     out = run("train_gpt2.py", "--resume", "--dtype=float16", "--weight_decay=0.5", "--beta2=0.9")
-    assert "resuming log at step 5" in out
+    assert (
+        "resuming log at step 5 with dtype=float16 instead of float32, weight_decay=0.5 instead of 0.1, "
+        "beta2=0.9 instead of 0.95" in out
+    )
     assert list(read_log(tmp_path / "log", "train")) == list(range(8))
     state = load_checkpoint(str(tmp_path / "log" / "resume.pt"))
     decayed, other = state["optimizer"]["param_groups"]
@@ -236,10 +244,319 @@ def test_stopped_while_waiting_for_shards(run, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module.time, "sleep", sleep)
     out = run("train_gpt2.py", *SMALL, "--log_dir=part")
     assert len(sleeps) == 1 and "waiting for fineweb.py to write training shard 3" in out
-    assert "saved part/model_00007.pt" in out and "the same command with --resume" in out
+    assert "saved part/model_00007.pt" in out and "go on with: python" in out
     (shards / "meta.json").write_text(json.dumps(meta))
     run("train_gpt2.py", "--resume", "--log_dir=part")
     assert read_log(tmp_path / "part", "train") == read_log(tmp_path / "log", "train")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_stops_the_run(run, shards, tmp_path, at_step, signum):
+    """One signal, or several, as a scheduler sends ahead of its SIGKILL: the step is finished and saved."""
+
+    def send():
+        for _ in range(3):
+            os.kill(os.getpid(), signum)
+
+    at_step(4, send)
+    out = run("train_gpt2.py", *SMALL)
+    assert "saved log/model_00005.pt\nstopped; go on with: python train_gpt2.py --resume\n" in out
+
+
+def test_a_second_interrupt_stops_at_once(shards, tmp_path):
+    args = [*SMALL, "--max_steps=100000", "--save_every=50", "--eval_every=0"]
+    code = "import runpy, sys, time, shards\n"
+    code += "shards.TrainOrder.locate = lambda self, n: time.sleep(0 if n < 960 else 5) or (0, 0, 0)\n"
+    code += f"sys.argv = {['train_gpt2.py', *args]}\n"
+    code += f"runpy.run_path('{ROOT}/train_gpt2.py', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": ROOT},
+    )
+    while not (tmp_path / "log" / "resume.pt").exists() or 59 not in read_log(tmp_path / "log", "train"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None, "the first waits for step 60, which takes 80 seconds here"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
+    assert load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"] == 50
+
+
+def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
+    """What was being evaluated is evaluated again, and logged once."""
+    run("train_gpt2.py", *SMALL)
+    real = shards_module.val_windows
+    for step in (0, 3, 8):
+        calls = []
+
+        def stop(*args, at=step // 3 if step < 8 else 3, calls=calls):
+            calls.append(1)
+            if len(calls) == at + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        monkeypatch.setattr(shards_module, "val_windows", stop)
+        out = run("train_gpt2.py", *SMALL, f"--log_dir=stopped{step}")
+        assert f"saved stopped{step}/model_{step:05d}.pt\nstopped; go on with" in out
+        monkeypatch.setattr(shards_module, "val_windows", real)
+        run("train_gpt2.py", "--resume", f"--log_dir=stopped{step}")
+        assert_same_run(tmp_path / "log", tmp_path / f"stopped{step}")
+
+
+def test_save_minutes(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--save_every=0", "--save_minutes=1e-9")
+    steps = sorted(int(path.stem[6:]) for path in (tmp_path / "log").glob("model_*.pt"))
+    assert steps == list(range(1, 9))
+
+
+def test_keep_checkpoints(run, shards, tmp_path):
+    """The newest two and the best stay, also over a resumption; the best is not the newest here."""
+    args = [*SMALL, "--eval_every=1", "--save_every=1", "--keep_checkpoints=2", "--max_steps=30"]
+    run("train_gpt2.py", *args, "--max_steps=17")
+    run("train_gpt2.py", *args, "--resume", "--max_steps=30", "--max_lr=2", "--min_lr=2")
+    losses = read_log(tmp_path / "log", "val")
+    del losses[0]  # of no checkpoint
+    best = min(losses, key=losses.get)
+    assert best < 29
+    steps = sorted(int(path.stem[6:]) for path in (tmp_path / "log").glob("model_*.pt"))
+    assert steps == [best, 29, 30]
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(first, last): gradients of the optimizer's calls first .. last become nan, each in another way."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def patch(first, last):
+        calls = []
+
+        def patched(parameters, limit):
+            parameters = list(parameters)
+            calls.append(1)
+            if first <= len(calls) - 1 <= last:
+                parameters[len(calls) % 3].grad[0] = (math.nan, math.inf)[len(calls) % 2]
+            return clip(parameters, limit)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", patched)
+
+    return patch
+
+
+def test_bad_steps_are_skipped(run, shards, tmp_path, poison, at_step):
+    poison(3, 4)
+    out = run("train_gpt2.py", *SMALL, "--max_bad_steps=3")
+    assert re.search(
+        r"step +3 \| not finite: no update, 1 in a row; the data: epoch 0 toy_train_\d+\.npy tok", out
+    )
+    assert "step     4 | not finite: no update, 2 in a row" in out
+    records = [r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["step"] for r in records if "skipped" in r] == [3, 4]
+    assert records[3]["grad_norm"] is None and records[3]["loss"] > 0
+    assert sum(end - start for r in records[3]["skipped"] for start, end in r["tokens"]) == 512
+    assert all(value.isfinite().all() for value in weights(tmp_path / "log").values())
+    # two bad steps in a row are remembered over a stop
+    poison(3, 4)
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run("train_gpt2.py", *SMALL, "--max_bad_steps=3", "--log_dir=stopped")
+    at_step(-1, None)
+    poison(-1, -1)
+    run("train_gpt2.py", "--resume", "--log_dir=stopped")
+    assert_same_run(tmp_path / "log", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_too_many_bad_steps_end_the_run(run, shards, tmp_path, poison, dtype):
+    poison(4, 9)
+    with pytest.raises(SystemExit) as e:
+        run("train_gpt2.py", *SMALL, "--max_bad_steps=2", f"--dtype={dtype}")
+    pattern = (
+        r"step 5: 2 steps in a row were not finite, the last on epoch 0 toy_train_\d+\.npy tokens \d+ to \d+"
+    )
+    assert re.match(pattern, e.value.code) and "the last good checkpoint is log/model_00003.pt" in e.value.code
+    del e  # its frames hold the lock of the log folder
+    poison(-1, -1)
+    assert "resuming log at step 3" in run("train_gpt2.py", "--resume")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "log").values())
+
+
+def test_broken_weights_are_never_saved(run, shards, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"step \d: the weights are no longer finite; nothing saved, there is no ch"
+    ):
+        run("train_gpt2.py", *SMALL, "--max_lr=1e38", "--save_every=1", "--max_bad_steps=100")
+    assert not list((tmp_path / "log").glob("*.pt"))
+
+
+def test_a_folder_in_use(run, spawn, shards, tmp_path):
+    from shards import lock_folder
+
+    run("train_gpt2.py", *SMALL)
+    before = {path: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+    lock = lock_folder(str(tmp_path / "log"))
+    for more in ([], ["--resume", "--max_steps=9"]):
+        with pytest.raises(SystemExit, match=r"^log/ is in use by another process"):
+            run("train_gpt2.py", *SMALL, *more)
+    result = spawn("train_gpt2.py", *SMALL, nproc=2)
+    assert result.returncode != 0 and result.stderr.count("log/ is in use by another process") == 1
+    lock.release()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+
+
+@pytest.mark.parametrize("where", ["model_00006.pt.tmp", "resume.pt.tmp", "log.txt"])
+def test_a_full_disk(run, shards, tmp_path, monkeypatch, where):
+    """The run ends with one line; what was saved is whole, and --resume goes on from it."""
+    run("train_gpt2.py", *SMALL)
+    real, full = os.fsync, []
+
+    def fsync(fd):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        full.append(name == where)
+        if sum(full) == (1 if name.startswith("model") else 2):
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        SystemExit, match=r"--log_dir=full: No space left on device; what was saved before is whole"
+    ):
+        run("train_gpt2.py", *SMALL, "--log_dir=full")
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    run("train_gpt2.py", "--resume", "--log_dir=full")
+    assert_same_run(tmp_path / "log", tmp_path / "full")
+
+
+class Malice:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda log: cut(log / "resume.pt"), r"log/resume\.pt: not a whole checkpoint file"),
+        (lambda log: cut(log / "model_00008.pt"), r"log/model_00008\.pt: not a whole checkpoint file"),
+        (
+            lambda log: (log / "model_00008.pt").unlink(),
+            r"log/resume\.pt: goes with log/model_00008\.pt, which is missing",
+        ),
+        (
+            lambda log: torch.save({"step": 8}, log / "resume.pt"),
+            r"log/resume\.pt: not this trainer's, it has no d",
+        ),
+        (
+            lambda log: torch.save(Malice(), log / "resume.pt"),
+            r"log/resume\.pt: refused, it holds something else",
+        ),
+        (
+            lambda log: torch.save({"model": Malice()}, log / "model_00008.pt"),
+            r"log/model_00008\.pt: refused, it holds something else",
+        ),
+        (
+            lambda log: shutil.copy(log.parent / "other" / "resume.pt", log),
+            r"log/resume\.pt: is not of the model beside it",
+        ),
+    ],
+)
+def test_damaged_checkpoints(run, shards, tmp_path, damage, message):
+    run("train_gpt2.py", *SMALL)
+    run("train_gpt2.py", *SMALL, "--log_dir=other", "--n_embd=64")
+    damage(tmp_path / "log")
+    before = {path: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+    with pytest.raises(SystemExit, match=message) as e:
+        run("train_gpt2.py", "--resume", "--max_steps=9")
+    assert "\n" not in e.value.code
+    assert before == {path: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_step):
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("train_gpt2.py", *SMALL, "--dtype=auto")
+    at_step(-1, None)
+    # the file's own default changed: refused, unless the command line says which
+    script = (ROOT / "train_gpt2.py").read_text()
+    assert "weight_decay = 0.1 " in script
+    for name in ("configurator", "ewok", "fineweb", "hellaswag", "logdir", "model", "shards", "tokenizer"):
+        (tmp_path / "edited").mkdir(exist_ok=True)
+        shutil.copy(ROOT / f"{name}.py", tmp_path / "edited")
+    edited = tmp_path / "edited" / "train_gpt2.py"
+    edited.write_text(script.replace("weight_decay = 0.1 ", "weight_decay = 0.3 "))
+    with pytest.raises(SystemExit) as e:
+        run(edited, "--resume")
+    assert e.value.code == (
+        "weight_decay is 0.3 in train_gpt2.py now, and 0.1 in the run in log: say which with --weight_decay="
+    )
+    with pytest.raises(SystemExit, match=r"--preset=gpt2: the run in log has tiny; leave it out"):
+        run("train_gpt2.py", "--resume", "--preset=gpt2")
+    # another machine, whose dtype=auto is another
+    other = (
+        "float32"
+        if "bfloat16" in load_checkpoint(str(tmp_path / "log" / "resume.pt"))["precision"]
+        else "bfloat16"
+    )
+    monkeypatch.setattr(
+        "model.pick_dtype", lambda dtype, where, real=model_module.pick_dtype: real(other, where)
+    )
+    with pytest.raises(SystemExit, match=rf"computes in b?float\d\d, --dtype=auto is {other} here: say which"):
+        run("train_gpt2.py", "--resume")
+    out = run(edited, "--resume", "--weight_decay=0.1", f"--dtype={other}")
+    assert f"resuming log at step 4 with dtype={other} instead of auto\n" in out
+
+
+def test_another_batch_size_neither_repeats_nor_skips(run, shards, tmp_path, at_step):
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("train_gpt2.py", *SMALL, "--exposure_every=1")
+    at_step(-1, None)
+    run("train_gpt2.py", "--resume", "--total_batch_size=256", "--max_steps=11")
+    records = read_jsonl(tmp_path / "log" / "exposure.jsonl")
+    seen = {}
+    for r in records:
+        for start, end in r["tokens"]:
+            for token in range(start, end):
+                seen[r["shard"], token] = seen.get((r["shard"], token), 0) + 1
+    assert set(seen.values()) == {1} and len(seen) == 5 * 512 + 6 * 256
+    assert {r["epoch"] for r in records} == {0}
+
+
+@pytest.mark.parametrize("chain", [(1, 2, 4), (4, 1)])
+def test_resumed_by_another_number_of_processes(run, spawn, shards, tmp_path, chain):
+    args = [*SMALL, "--max_steps=9", "--exposure_every=1", "--min_lr=1e-2"]  # a constant rate: no schedule
+    run("train_gpt2.py", *args)
+    for i, nproc in enumerate(chain, start=1):
+        stop = f"--max_steps={9 if i == len(chain) else 3 * i}"
+        result = spawn("train_gpt2.py", *args, stop, "--log_dir=chain", "--resume", nproc=nproc)
+        assert result.returncode == 0, result.stderr
+    for kind in ("train", "val"):
+        assert read_log(tmp_path / "chain", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=2e-4)
+    exposure = [(tmp_path / name / "exposure.jsonl").read_text() for name in ("log", "chain")]
+    assert exposure[0] == exposure[1], "the very same tokens a step"
+
+
+def test_the_writer_is_gone(run, shards, tmp_path, monkeypatch):
+    meta = json.loads((shards / "meta.json").read_text())
+    (shards / "meta.json").write_text(json.dumps(meta | {"complete": False, "shards": meta["shards"][:3]}))
+    clock = [0.0]
+    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 60))
+    monkeypatch.setattr(shards_module.time, "monotonic", lambda: clock[0])
+    with pytest.raises(
+        SystemExit, match=r"shards: no sign of fineweb\.py for 5 minutes; the run is saved: start"
+    ) as e:
+        run("train_gpt2.py", *SMALL, "--data_timeout=5")
+    assert e.value.code.endswith("then python train_gpt2.py --resume")
+    del e  # its frames hold the lock of the log folder
+    assert 300 <= clock[0] <= 420 and (tmp_path / "log" / "model_00007.pt").exists()
+    (shards / "meta.json").write_text(json.dumps(meta))
+    run("train_gpt2.py", "--resume")
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
 
 
 def test_resume_starts_afresh_where_there_is_nothing(run, shards, tmp_path):
@@ -343,8 +660,8 @@ def test_demo_without_a_network(run, tmp_path, monkeypatch):
 
 
 def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
-    def download(url, path, timeout):
-        assert url.endswith("tinyshakespeare/input.txt") and timeout == 5
+    def download(url, path, timeout, tries):
+        assert url.endswith("tinyshakespeare/input.txt") and (timeout, tries) == (5, 1)
         (tmp_path / path).write_text(TEXT)
 
     monkeypatch.setattr(fineweb, "download", download)

@@ -1,0 +1,168 @@
+"""The log folder of a run: its records, its checkpoints, and how a run that ended goes on from them.
+
+log.txt         "<step> <kind> <value>" a line, kind train, val, hella or ewok
+metrics.jsonl   one object a record, with everything else
+exposure.jsonl  which tokens the model has seen, if the run keeps account of it
+model_00250.pt  the model after 250 updates; resume.pt what else the run needs to go on from there
+
+Both .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at
+any moment. A run that goes on drops the records behind resume.pt's step, since it makes them again.
+"""
+
+import glob
+import json
+import math
+import os
+import re
+import sys
+
+import torch
+
+from model import load_checkpoint
+from shards import lock_folder, write_whole
+
+RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
+
+
+def model_path(log_dir, step):
+    return os.path.join(log_dir, f"model_{step:05d}.pt")
+
+
+def load_resume(log_dir, mmap=False):
+    """The dict in log_dir/resume.pt, None if there is none; exits if it is damaged or its model missing."""
+    path = os.path.join(log_dir, "resume.pt")
+    if not os.path.exists(path):
+        return None
+    saved = load_checkpoint(path, mmap)
+    missing = {"step", "settings", "defaults", "optimizer"} - set(saved)
+    if missing:
+        sys.exit(f"{path}: not this trainer's, it has no {', '.join(sorted(missing))}")
+    if not os.path.exists(model_path(log_dir, saved["step"])):
+        sys.exit(f"{path}: goes with {model_path(log_dir, saved['step'])}, which is missing")
+    return saved
+
+
+def check_finite(log_dir, step, parameters):
+    """Exit if a parameter is not finite, so that a broken model never takes the place of a good one."""
+    if not all(p.isfinite().all() for p in parameters):
+        good = newest_checkpoint(log_dir)
+        sys.exit(f"step {step}: the weights are no longer finite; nothing saved, {good}")
+
+
+def newest_checkpoint(log_dir):
+    steps = checkpoint_steps(log_dir)
+    return (
+        f"the last good checkpoint is {model_path(log_dir, max(steps))}" if steps else "there is no checkpoint"
+    )
+
+
+def checkpoint_steps(log_dir):
+    names = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))]
+    return [int(match[1]) for match in (re.fullmatch(r"model_(\d+)\.pt", name) for name in names) if match]
+
+
+def save_tensors(path, state):
+    """torch.save, whole or not at all; raises the OSError of a disk that is full."""
+
+    def write(f):
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # torch's, on top of what the disk said
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+    write_whole(path, write)
+
+
+class LogDir:
+    """The folder in the hands of the one process that writes to it.
+
+    saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an
+    earlier run to old_1/ and so on. Exits if another live run has the folder, or it cannot be written.
+    """
+
+    def __init__(self, path, saved=None):
+        self.path, self._files = path, {}
+        try:
+            self._lock = lock_folder(path)
+            for name in os.listdir(path):
+                if name.endswith(".tmp"):
+                    os.remove(os.path.join(path, name))  # of a run that died while it wrote
+            if saved is None:
+                self._set_aside()
+            else:
+                self._rewind(saved["step"], saved["evaluated_step"])
+            # {step: validation loss, None if it was not measured} of the checkpoints
+            self.checkpoints = {
+                step: (saved or {}).get("checkpoints", {}).get(step) for step in checkpoint_steps(path)
+            }
+        except OSError as e:
+            sys.exit(f"--log_dir={path}: cannot write there ({e.strerror})")
+
+    def _set_aside(self):
+        names = os.listdir(self.path)
+        old = [name for name in names if name in (*RECORDS, "resume.pt") or re.match(r"model_\d+\.pt", name)]
+        if old:
+            n = 1
+            while os.path.exists(os.path.join(self.path, f"old_{n}")):
+                n += 1
+            aside = os.path.join(self.path, f"old_{n}")
+            os.makedirs(aside)
+            for name in old:
+                os.rename(os.path.join(self.path, name), os.path.join(aside, name))
+            print(f"{self.path}/ held an earlier run: moved to {aside}/")
+
+    def _rewind(self, step, evaluated_step):
+        """Drop what was recorded behind the state that resume.pt holds."""
+
+        def comes_before(line):
+            try:
+                if line.startswith("{"):
+                    record = json.loads(line)
+                    at, kind = record["step"], record.get("kind")
+                else:
+                    at, kind, _ = line.split()
+                return int(at) < step or (int(at) == step == evaluated_step and kind != "train")
+            except ValueError:  # cut short by a crash
+                return False
+
+        for path in (os.path.join(self.path, name) for name in RECORDS):
+            if os.path.exists(path):
+                with open(path) as f:
+                    lines = [line for line in f if comes_before(line)]
+                write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
+
+    def _append(self, name, line):
+        if name not in self._files:
+            self._files[name] = open(os.path.join(self.path, name), "a", buffering=1)
+        self._files[name].write(line + "\n")
+
+    def record(self, step, kind, value, **more):
+        """One line in log.txt and, with everything else there is to say, one in metrics.jsonl."""
+        self._append("log.txt", f"{step} {kind} {value:.{6 if kind == 'train' else 4}f}")
+        self.note(step, kind, **more)
+
+    def note(self, step, kind, file="metrics.jsonl", **more):
+        """A line of a .jsonl file. JSON has no nan and no infinity: they become null."""
+        odd = [key for key, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
+        self._append(file, json.dumps({"step": step, "kind": kind, **more, **dict.fromkeys(odd)}))
+
+    def save(self, model, resume, keep=0):
+        """Save a checkpoint, the dicts model and resume, both with their "step"; returns the model's path.
+
+        With keep, deletes all but the newest `keep` checkpoints and the best by validation loss.
+        """
+        step = model["step"]
+        path = model_path(self.path, step)
+        save_tensors(path, model)
+        self.checkpoints[step] = model["val_loss"]
+        for f in self._files.values():  # a power cut must not take records that the checkpoint counts on
+            os.fsync(f.fileno())
+        save_tensors(os.path.join(self.path, "resume.pt"), resume | {"checkpoints": self.checkpoints})
+        if keep:
+            measured = {s: loss for s, loss in self.checkpoints.items() if loss is not None and loss == loss}
+            kept = {step, *sorted(self.checkpoints)[-keep:], *sorted(measured, key=measured.get)[:1]}
+            for s in set(self.checkpoints) - kept:
+                if os.path.exists(model_path(self.path, s)):
+                    os.remove(model_path(self.path, s))
+                del self.checkpoints[s]
+        return path

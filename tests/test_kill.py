@@ -1,0 +1,148 @@
+"""The trainer and fineweb.py killed with SIGKILL at random moments: what they write in the end is the same.
+
+A longer campaign: python -m pytest tests/test_kill.py --kills=15 -s
+"""
+
+import contextlib
+import filecmp
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, TEXT, read_log
+from model import load_checkpoint
+from test_train import assert_same_run
+
+RUN = [
+    "--preset=tiny", "--data_dir=shards", "--n_layer=1", "--n_head=1", "--n_embd=16", "--T=16", "--B=8",
+    "--total_batch_size=256", "--warmup_steps=2", "--eval_every=10", "--sample_every=20", "--save_every=7",
+    "--exposure_every=9", "--keep_checkpoints=2", "--resume",
+]  # fmt: skip
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def kill_all(process):
+    """SIGKILL to a process and all it started, as when a machine dies."""
+    pids = [process.pid]
+    for pid in pids:
+        pids += children(pid)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def start(folder, script, *args, nproc=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    out = open(folder / "out.txt", "a")
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / script), *args], cwd=folder, stdout=out, stderr=out
+    )
+
+
+def finish(folder, *args, **kwargs):
+    process = start(folder, *args, **kwargs)
+    assert process.wait(timeout=120) == 0, (folder / "out.txt").read_text()[-2000:]
+
+
+def logged(log_dir):
+    """How many steps a log.txt has."""
+    try:
+        return len(read_log(log_dir, "train"))
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.mark.parametrize(("nproc", "dtype"), [(1, "float32"), (1, "bfloat16"), (2, "bfloat16")])
+def test_trainer(request, shards, tmp_path, nproc, dtype):
+    kills = request.config.getoption("kills")
+    args = ["train_gpt2.py", *RUN, f"--dtype={dtype}", f"--max_steps={120 * kills}"]
+    finish(tmp_path, *args, "--log_dir=untouched", nproc=nproc)
+    rng = random.Random(f"{nproc} {dtype}")
+    killed = resumed = lost = 0
+    for _ in range(kills):
+        before, process = logged(tmp_path / "log"), start(tmp_path, *args, nproc=nproc)
+        if rng.random() < 0.8:  # in the midst of its steps; else perhaps while it starts
+            while process.poll() is None and logged(tmp_path / "log") <= before:
+                time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        killed += process.poll() is None
+        kill_all(process)
+        if (tmp_path / "log" / "resume.pt").exists():
+            resumed += 1
+            saved = load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"]
+            assert (tmp_path / "log" / f"model_{saved:05d}.pt").exists()
+            lost = max(lost, logged(tmp_path / "log") - saved)
+    finish(tmp_path, *args, nproc=nproc)
+    print(f"\n{nproc} x {dtype}: {killed} kills, {resumed} resumed, at most {lost} steps lost")
+    assert killed and resumed and lost <= 7
+    assert_same_run(tmp_path / "untouched", tmp_path / "log", 120 * kills)
+    for name in ("exposure.jsonl", "log.txt"):
+        assert filecmp.cmp(tmp_path / "untouched" / name, tmp_path / "log" / name, shallow=False)
+
+
+@pytest.mark.parametrize("options", [[], ["--shuffle_buffer=50", "--streaming=False"]])
+def test_fineweb(request, tmp_path, options):
+    kills = request.config.getoption("kills")
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        lines = [json.dumps({"text": f"{i} {k} {TEXT[: 999 + 7 * k]}"}) for k in range(400)]
+        (tmp_path / "texts" / f"{i}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "texts" / "end.txt").write_text("<|endoftext|>".join(TEXT[k:] for k in range(50)))
+    args = ["fineweb.py", "--dataset=texts", "--tokenizer=bytes", "--shard_size=2e4", *options]
+    finish(tmp_path, *args, "--out_dir=untouched")
+    rng = random.Random(str(options))
+    killed, shards = 0, []
+    for _ in range(kills):
+        process, before = start(tmp_path, *args, "--out_dir=out"), len(list(tmp_path.glob("out/*.npy")))
+        while process.poll() is None and len(list(tmp_path.glob("out/*.npy"))) <= before:
+            time.sleep(0.005)
+        time.sleep(rng.expovariate(5 * kills))
+        killed += process.poll() is None
+        kill_all(process)
+        shards.append(len(list(tmp_path.glob("out/*.npy"))))
+    finish(tmp_path, *args, "--out_dir=out")
+    print(f"\nfineweb.py {options}: {killed} kills, with {shards} shards written")
+    assert killed
+    whole, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("untouched", "out")
+    )
+    assert len(found) > 100 and found == whole
+
+
+def test_a_killed_rank_is_restarted(shards, tmp_path):
+    """torchrun --max-restarts: one of two ranks is killed, twice; the run ends as if it never was."""
+    args = [*RUN, "--dtype=float32", "--max_steps=150"]
+    finish(tmp_path, "train_gpt2.py", *args, "--log_dir=untouched", nproc=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--max-restarts=3", str(ROOT / "train_gpt2.py"), *args]
+    with open(tmp_path / "out.txt", "a") as out:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out)
+    for rank in (1, 0):
+        before = logged(tmp_path / "log")
+        deadline = time.monotonic() + 60
+        while logged(tmp_path / "log") < before + 20:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks = [
+            pid for pid in children(process.pid) if b"train_gpt2" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(sorted(ranks)[rank], signal.SIGKILL)
+        while set(ranks) & set(children(process.pid)):
+            time.sleep(0.1)
+    assert process.wait(timeout=120) == 0, (tmp_path / "out.txt").read_text()[-2000:]
+    assert (tmp_path / "out.txt").read_text().count("resuming log at step") == 2
+    assert_same_run(tmp_path / "untouched", tmp_path / "log", 150)
