@@ -1,6 +1,5 @@
 """Shared by the tests: scripts run in this process or in one of their own, and the GPT-2 vocabulary."""
 
-import gc
 import json
 import os
 import runpy
@@ -27,7 +26,7 @@ TEXT = "".join(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="SIGKILLs for each run of test_kill.py")
+    parser.addoption("--kills", type=int, default=1, help="SIGKILLs for each run of test_kill.py")
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +55,6 @@ def run(tmp_path, monkeypatch, capsys):
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *args])
         capsys.readouterr()
-        gc.collect()  # a script that ended lets go of its folders
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:
