@@ -27,8 +27,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import configure
+from device import local_first, pick_autocast, start_processes
 from fineweb import download
-from model import load_model, local_first, pick_autocast, score_completions, start_processes
+from model import load_model, score_completions
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder

@@ -23,6 +23,10 @@ from shards import lock_folder, write_whole
 
 RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 
+# The settings that say what is learned: a resumed run keeps its own, but for those on the command line.
+LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_steps max_lr min_lr weight_decay
+    beta1 beta2 grad_clip dtype""".split()
+
 
 def model_path(log_dir, step):
     return os.path.join(log_dir, f"model_{step:05d}.pt")
@@ -40,6 +44,60 @@ def load_resume(log_dir, mmap=False):
     if not os.path.exists(model_path(log_dir, saved["step"])):
         sys.exit(f"{path}: goes with {model_path(log_dir, saved['step'])}, which is missing")
     return saved
+
+
+def resumed_settings(saved, given, file_settings):
+    """The settings of the saved run; exits if the command line, or the trainer's file, says what cannot be.
+
+    given is what the command line says, file_settings(preset) what the trainer's file says now.
+    """
+    settings = saved["settings"]
+    if given.get("preset", "auto") not in ("auto", settings["preset"]):
+        sys.exit(f"--preset={given['preset']}: the run to resume has {settings['preset']}; leave it out")
+    for key in ("n_layer", "n_head", "n_embd"):
+        if given.get(key, settings[key]) != settings[key]:
+            sys.exit(f"--{key}={given[key]}: the model to resume has {settings[key]}; leave it out")
+    now = file_settings(settings["preset"])
+    for key in LEARNING:
+        if key not in given and now[key] not in (saved["defaults"].get(key, now[key]), settings[key]):
+            sys.exit(f"train_gpt2.py has {key}={now[key]} now, the run {settings[key]}: choose with --{key}=")
+    return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
+
+
+def changes(saved, given):
+    """What the command line changes in a resumed run: " with key=value instead of ...", or nothing."""
+    was = saved["settings"]
+    changed = [key for key in LEARNING if given.get(key, was[key]) != was[key]]
+    changed = [f"{key}={given[key]} instead of {was[key]}" for key in changed]
+    return f" with {', '.join(changed)}" if changed else ""
+
+
+def check_resumption(log_dir, saved, shards, precision):
+    """Exit if the run has read other shards, or computed in another precision, where one is given."""
+    if saved["data"] != shard_sizes(shards)[: len(saved["data"])]:
+        sys.exit(f"{shards.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
+    if precision not in (None, saved["precision"]):
+        was, now = (name.removeprefix("torch.") for name in (saved["precision"], precision))
+        sys.exit(f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype=")
+
+
+def shard_sizes(shards):
+    """[file, tokens] of each training shard: enough to notice that a run would go on with other data."""
+    return [[os.path.basename(path), size] for path, size in shards.train]
+
+
+def restore_optimizer(log_dir, optimizer, state):
+    """Load an optimizer's state, but for what the settings say; exits if it is another model's."""
+    groups = [{key: g[key] for key in ("betas", "weight_decay")} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        same = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
+    except (ValueError, KeyError):
+        same = False
+    if not same:
+        sys.exit(f"{log_dir}/resume.pt: is not of the model beside it; both are needed to go on")
+    for group, now in zip(optimizer.param_groups, groups, strict=True):
+        group.update(now)
 
 
 def check_finite(log_dir, step, parameters):

@@ -14,7 +14,8 @@ import sys
 import torch
 
 from configurator import configure
-from model import load_model, pick_device, pick_dtype, stream_text
+from device import pick_device, pick_dtype
+from model import load_model, stream_text
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder

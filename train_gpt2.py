@@ -19,7 +19,6 @@ import errno
 import functools
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -34,18 +33,21 @@ from tqdm import tqdm
 import ewok
 import hellaswag
 from configurator import configure, current_settings, read_settings
+from device import all_agree, local_first, peak_flops, pick_autocast, pick_compile, pick_dtype, start_processes
 from fineweb import write_demo_shards
-from logdir import LogDir, check_finite, load_resume, model_path, newest_checkpoint
-from model import (
-    GPT,
-    GPTConfig,
-    load_model,
-    local_first,
-    pick_autocast,
-    pick_dtype,
-    start_processes,
-    stream_text,
+from logdir import (
+    LogDir,
+    changes,
+    check_finite,
+    check_resumption,
+    load_resume,
+    model_path,
+    newest_checkpoint,
+    restore_optimizer,
+    resumed_settings,
+    shard_sizes,
 )
+from model import GPT, GPTConfig, load_model, stream_text
 from shards import Shards, TrainOrder, has_shards, read_windows, val_windows
 from tokenizer import token_byte_lengths, tokenizer_state
 
@@ -110,42 +112,17 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, B=8, max_lr=2e-4, min_lr=2e-5),
 }  # fmt: skip
 
-# Dense bfloat16 FLOP/s (float16 before Ampere) from NVIDIA's data sheets, for MFU, by a word of the name.
-PEAK_FLOPS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-
 DEMO_DIR = "demo_data"
-
-
-# The settings that say what is learned. A resumed run keeps its own, but for those on the command line.
-LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_steps max_lr min_lr weight_decay
-    beta1 beta2 grad_clip dtype""".split()
 
 
 def default_settings(given):
     """The settings below the command line's: those of the run to resume, or of the preset."""
-    folder, name = given.get("log_dir", log_dir), given.get("preset", "auto")
+    name = given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
-    saved = load_resume(folder, mmap=True) if given.get("resume") else None
+    saved = load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
     if saved:
-        settings = saved["settings"]
-        if name not in ("auto", settings["preset"]):
-            sys.exit(f"--preset={name}: the run in {folder} has {settings['preset']}; leave it out")
-        for key, value in file_settings(settings["preset"]).items():
-            was = saved["defaults"].get(key, value)
-            if key in LEARNING and key not in given and value not in (was, settings[key]):
-                sys.exit(
-                    f"{key} is {value} in {os.path.basename(__file__)} now, and {settings[key]} in the run in "
-                    f"{folder}: say which with --{key}="
-                )
-        for key in ("n_layer", "n_head", "n_embd"):
-            if given.get(key, settings[key]) != settings[key]:
-                sys.exit(f"--{key}={given[key]}: the model in {folder} has {settings[key]}; leave it out")
-        return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
+        return resumed_settings(saved, given, file_settings)
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
@@ -229,30 +206,10 @@ def indivisible_batch(world_size):
     return f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}"
 
 
-def shard_sizes(shards):
-    """[file, tokens] of each training shard: enough to notice that a run would go on with other data."""
-    return [[os.path.basename(path), size] for path, size in shards.train]
-
-
-def use_compile(device_type):
-    choices = {"auto": device_type == "cuda", "true": True, "1": True, "false": False, "0": False}
-    if compile.lower() not in choices:
-        sys.exit(f"--compile={compile}: choose auto, true or false")
-    return choices[compile.lower()]
-
-
 def make_demo_data():
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not ((resume or eval_only) and has_shards(DEMO_DIR)):
         print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
         print(f"on {write_demo_shards(DEMO_DIR)['dataset']}")
-
-
-def all_agree(yes, where):
-    """Whether `yes` is true on every rank."""
-    yes = torch.tensor(bool(yes), dtype=torch.int, device=where)
-    if dist.is_initialized():
-        dist.all_reduce(yes, op=dist.ReduceOp.MIN)
-    return yes.item() == 1
 
 
 def load_eval_items(name, load, where, say):
@@ -274,20 +231,6 @@ def check_tokenizer(name, enc, shards):
             f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
             f"{shards.enc.name} ({shards.enc.n_vocab}): make shards with --tokenizer={enc.name}"
         )
-
-
-def restore_optimizer(optimizer, state):
-    """Load an optimizer's state, but for what the settings say; exits if it is another model's."""
-    groups = [{key: g[key] for key in ("betas", "weight_decay")} for g in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-        same = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
-    except (ValueError, KeyError):
-        same = False
-    if not same:
-        sys.exit(f"{log_dir}/resume.pt: is not of the model beside it; both are needed to go on")
-    for group, now in zip(optimizer.param_groups, groups, strict=True):
-        group.update(now)
 
 
 def resume_command(world_size):
@@ -347,40 +290,26 @@ def main(given):
     raw_model.train()
     optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
-    # The step, the sequences of the data behind it, those in exposure.jsonl, bad steps in a row up to it
-    start_step, first_sequence, exposed, bad_steps = 0, 0, 0, 0
-    evaluated_step = None
+    start_step, evaluated_step = 0, None
+    first_sequence = 0  # of the data, for start_step
+    exposed = 0  # sequences in exposure.jsonl
+    bad_steps = 0  # in a row, whose loss or gradient was not finite
     if saved:
-        if saved["data"] != shard_sizes(shards)[: len(saved["data"])]:
-            sys.exit(
-                f"{data_dir}: not the shards that the run in {log_dir} has read; it cannot go on with them"
-            )
-        if "dtype" not in given and saved["precision"] != str(precision):
-            sys.exit(
-                f"the run in {log_dir} computes in {saved['precision'][6:]}, --dtype=auto is "
-                f"{str(precision)[6:]} here: say which with --dtype="
-            )
+        check_resumption(log_dir, saved, shards, None if "dtype" in given else str(precision))
         start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
         first_sequence, exposed = -(-saved["tokens"] // T), saved["exposed"]
-        restore_optimizer(optimizer, saved["optimizer"])
+        restore_optimizer(log_dir, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        changed = [
-            f"{key}={value} instead of {saved['settings'][key]}"
-            for key, value in given.items()
-            if key in LEARNING and value != saved["settings"][key]
-        ]
-        say(f"resuming {log_dir} at step {start_step}" + (f" with {', '.join(changed)}" if changed else ""))
-    model = torch.compile(raw_model) if use_compile(device_type) else raw_model
+        say(f"resuming {log_dir} at step {start_step}{changes(saved, given)}")
+    model = torch.compile(raw_model) if pick_compile(compile, where) else raw_model
     train_model = model
     if world_size > 1:
         train_model = DDP(model, device_ids=[where] if device_type == "cuda" else None)
 
-    name = torch.cuda.get_device_name(where) if device_type == "cuda" else device_type
+    name, peak = peak_flops(where, precision)
     flops_per_token = raw_model.flops_per_token(T)
-    peaks = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
-    peak = peaks[0] if peaks and precision != torch.float32 else None
     say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if model is not raw_model else 'off'}")
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {enc.name}")
     say(
@@ -398,24 +327,20 @@ def main(given):
     log = LogDir(log_dir, saved) if master else None
     record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
-    saved_step, saved_at = start_step if saved else None, time.monotonic()
+    last_save, saved_at = (start_step, evaluated_step) if saved else None, time.monotonic()
     del saved
 
     def due(every, step):
         return every > 0 and (step % every == 0 or step == max_steps)
 
-    stop_requests = []  # the signals that came: Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1
-    interrupted_at = []
+    stop_requests = []  # (signal, when): Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1
 
     def request_stop(signum, frame):
-        stop_requests.append(signum)
-        if signum == signal.SIGINT:
-            interrupted_at.append(time.monotonic())
-            if (
-                interrupted_at[-1] - interrupted_at[0] > 1
-            ):  # sooner, it may be torchrun that passes on the first
-                signal.signal(signum, signal.SIG_DFL)
-                os.kill(os.getpid(), signum)
+        stop_requests.append((signum, time.monotonic()))
+        times = [at for number, at in stop_requests if number == signal.SIGINT]
+        if signum == signal.SIGINT and times[-1] - times[0] > 1:  # sooner, it may be torchrun that passes it on
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
         if master:  # print() must not be called again while it is at work
             os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
 
@@ -479,7 +404,7 @@ def main(given):
 
         # Save what the next process needs to go on as if nothing had happened
         save_now = save_now or stopping or step == max_steps or (step and due(save_every, step))
-        if save_now and step != saved_step:
+        if save_now and (step, evaluated_step) != last_save:
             check_finite(log_dir, step, raw_model.parameters())
             if master:
                 model_state = {
@@ -505,7 +430,7 @@ def main(given):
                     "rng": torch.get_rng_state(),
                 }
                 say(f"step {step:5d} | saved {log.save(model_state, resume_state, keep_checkpoints)}")
-            saved_step, saved_at = step, time.monotonic()
+            last_save, saved_at = (step, evaluated_step), time.monotonic()
         save_now = False
         if stopping or step == max_steps:
             if world_size > 1:

@@ -9,13 +9,12 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from device import pick_device, pick_dtype
 from model import (
     GPT,
     GPTConfig,
     load_checkpoint,
     load_model,
-    pick_device,
-    pick_dtype,
     sample_token,
     stream_text,
 )

@@ -16,8 +16,8 @@ import pytest
 import requests
 import torch
 
+import device as device_module
 import fineweb
-import model as model_module
 import shards as shards_module
 from conftest import ROOT, TEXT, read_jsonl, read_log
 from fineweb import write_shards
@@ -46,8 +46,10 @@ def assert_same_run(a, b, step=8):
         for x in (a, b)
     ]
     assert timeless[0] == timeless[1]
-    for name, value in weights(a, step).items():
-        assert torch.equal(value, weights(b, step)[name]), name
+    models = [load_checkpoint(str(x / f"model_{step:05d}.pt")) for x in (a, b)]
+    assert models[0]["val_loss"] == models[1]["val_loss"] is not None
+    for name, value in models[0]["model"].items():
+        assert torch.equal(value, models[1]["model"][name]), name
     states = [load_checkpoint(str(x / "resume.pt"))["optimizer"]["state"] for x in (a, b)]
     assert states[0].keys() == states[1].keys()
     for i, state in states[0].items():
@@ -209,12 +211,12 @@ def test_resume_under_other_conditions(run, shards, tmp_path, at_step):
         f.write("5 tr")
     with open(tmp_path / "log" / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "ki')
-    with pytest.raises(SystemExit, match=r"--n_layer=5: the model in log has 2; leave it out"):
+    with pytest.raises(SystemExit, match=r"--n_layer=5: the model to resume has 2; leave it out"):
         run("train_gpt2.py", "--resume", "--n_layer=5")
     out = run("train_gpt2.py", "--resume", "--dtype=float16", "--weight_decay=0.5", "--beta2=0.9")
     assert (
-        "resuming log at step 5 with dtype=float16 instead of float32, weight_decay=0.5 instead of 0.1, "
-        "beta2=0.9 instead of 0.95" in out
+        "resuming log at step 5 with weight_decay=0.5 instead of 0.1, beta2=0.9 instead of 0.95, "
+        "dtype=float16 instead of float32\n" in out
     )
     assert list(read_log(tmp_path / "log", "train")) == list(range(8))
     state = load_checkpoint(str(tmp_path / "log" / "resume.pt"))
@@ -487,17 +489,15 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
     # the file's own default changed: refused, unless the command line says which
     script = (ROOT / "train_gpt2.py").read_text()
     assert "weight_decay = 0.1 " in script
-    for name in ("configurator", "ewok", "fineweb", "hellaswag", "logdir", "model", "shards", "tokenizer"):
-        (tmp_path / "edited").mkdir(exist_ok=True)
-        shutil.copy(ROOT / f"{name}.py", tmp_path / "edited")
+    (tmp_path / "edited").mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path / "edited")
     edited = tmp_path / "edited" / "train_gpt2.py"
     edited.write_text(script.replace("weight_decay = 0.1 ", "weight_decay = 0.3 "))
     with pytest.raises(SystemExit) as e:
         run(edited, "--resume")
-    assert e.value.code == (
-        "weight_decay is 0.3 in train_gpt2.py now, and 0.1 in the run in log: say which with --weight_decay="
-    )
-    with pytest.raises(SystemExit, match=r"--preset=gpt2: the run in log has tiny; leave it out"):
+    assert e.value.code == ("train_gpt2.py has weight_decay=0.3 now, the run 0.1: choose with --weight_decay=")
+    with pytest.raises(SystemExit, match=r"--preset=gpt2: the run to resume has tiny; leave it out"):
         run("train_gpt2.py", "--resume", "--preset=gpt2")
     # another machine, whose dtype=auto is another
     other = (
@@ -506,9 +506,11 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
         else "bfloat16"
     )
     monkeypatch.setattr(
-        "model.pick_dtype", lambda dtype, where, real=model_module.pick_dtype: real(other, where)
+        "device.pick_dtype", lambda dtype, where, real=device_module.pick_dtype: real(other, where)
     )
-    with pytest.raises(SystemExit, match=rf"computes in b?float\d\d, --dtype=auto is {other} here: say which"):
+    with pytest.raises(
+        SystemExit, match=rf"computes in b?float\d\d, --dtype=auto is {other} here: choose with --dtype="
+    ):
         run("train_gpt2.py", "--resume")
     out = run(edited, "--resume", "--weight_decay=0.1", f"--dtype={other}")
     assert f"resuming log at step 4 with dtype={other} instead of auto\n" in out

@@ -1,0 +1,121 @@
+"""What a script runs on: device, precision, and the processes that torchrun starts, one for each device."""
+
+import os
+import re
+import sys
+
+import torch
+import torch.distributed as dist
+
+# Dense bfloat16 FLOP/s (float16 before Ampere) from NVIDIA's data sheets, for MFU, by a word of the name.
+PEAK_FLOPS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def pick_device(device):
+    """A torch device name; "auto" is cuda, then mps, then cpu. Exits if there is no such device."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"--device={device}: not on this machine ({str(e).splitlines()[0]}); use --device=auto")
+    return device
+
+
+def start_processes(device):
+    """(rank, world_size, device) of this process, with pick_device's device.
+
+    torchrun starts one process a device and says so in the environment: join them, by NCCL on GPUs and
+    gloo on CPUs. Alone, this is rank 0 of 1.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if world_size > 1 and device in ("auto", "cuda"):
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus and (gpus or device == "cuda"):
+            sys.exit(f"more processes than GPUs: use --nproc_per_node={gpus}, or --device=cpu")
+        device = f"cuda:{local_rank}" if gpus else "cpu"
+    device = pick_device(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if world_size <= 1:
+        return 0, 1, device
+    store = None
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun --max-restarts keeps its store, and with it the addresses of processes that are gone: without
+        # names of its own a restart waits for them (torch 2.13, gloo). On several machines the counts differ.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    group = {"store": store, "rank": rank, "world_size": world_size} if store else {}
+    if device.startswith("cuda"):
+        dist.init_process_group("nccl", device_id=torch.device(device), **group)
+    elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("gloo", **group)
+    else:
+        sys.exit(f"--device={device}: one process only; for several use --device=cpu")
+    return rank, world_size, device
+
+
+def local_first(load):
+    """load(), on the first process of each machine before the others, which find what it has fetched."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    try:
+        return load()
+    finally:
+        if first and dist.is_initialized():
+            dist.barrier()
+
+
+def pick_dtype(dtype, device):
+    """A torch.dtype from "float32", "bfloat16", "float16" or "auto".
+
+    "auto" is bfloat16 where the hardware multiplies it natively (Ampere and newer, CPUs with
+    AVX512-BF16 or AMX), else float16 on CUDA, else float32.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        else:
+            cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+            dtype = "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
+    if dtype not in names:
+        sys.exit(f"--dtype={dtype}: choose auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def pick_autocast(dtype, device):
+    """The context that runs matrix products in pick_dtype's type and keeps the rest in float32."""
+    dtype = pick_dtype(dtype, device)
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
+
+
+def pick_compile(choice, device):
+    """Whether to torch.compile: true, false, or auto, which is true on CUDA."""
+    choices = {"auto": device.startswith("cuda"), "true": True, "1": True, "false": False, "0": False}
+    if choice.lower() not in choices:
+        sys.exit(f"--compile={choice}: choose auto, true or false")
+    return choices[choice.lower()]
+
+
+def all_agree(yes, where):
+    """Whether `yes` is true on every rank."""
+    yes = torch.tensor(bool(yes), dtype=torch.int, device=where)
+    if dist.is_initialized():
+        dist.all_reduce(yes, op=dist.ReduceOp.MIN)
+    return yes.item() == 1
+
+
+def peak_flops(device, dtype):
+    """(name, FLOP/s) of a device, the FLOP/s None where a data sheet's number does not apply."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device.split(":")[0]
+    peaks = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
+    return name, peaks[0] if peaks and dtype != torch.float32 else None
