@@ -179,7 +179,8 @@ class LogDir:
                     at, kind = record["step"], record.get("kind")
                 else:
                     at, kind, _ = line.split()
-                return int(at) < step or (int(at) == step == evaluated_step and kind != "train")
+                evaluated = int(at) == step == evaluated_step and kind != "train"
+                return kind == "run" or int(at) < step or evaluated
             except ValueError:  # cut short by a crash
                 return False
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from tokenizer import load_tokenizer
+from tokenizer import load_hugging_face, load_tokenizer
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -367,10 +367,7 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """
     if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
         model = GPT.from_pretrained(ckpt)
-        names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
-        if model.config.vocab_size not in names:
-            sys.exit(f"{ckpt}: {model.config.vocab_size} tokens are neither gpt2's vocabulary nor bytes'")
-        enc = load_tokenizer(names[model.config.vocab_size])
+        enc = hugging_face_tokenizer(ckpt, model.config.vocab_size)
     else:
         path = find_checkpoint(ckpt, log_dir)
         state = load_checkpoint(path)
@@ -379,7 +376,23 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
         except (KeyError, TypeError) as e:
             sys.exit(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
         model, enc = GPT.from_state_dict(config, weights, path), load_tokenizer(tokenizer)
-    return model.to(device).eval(), enc
+    return model.float().to(device).eval(), enc  # float: export.py can have written it in bfloat16
+
+
+def hugging_face_tokenizer(source, vocab_size):
+    """The tiktoken.Encoding of a model with vocab_size tokens: its tokenizer.json, or that of its size."""
+    path = os.path.join(source, "tokenizer.json")
+    if os.path.exists(path):
+        enc = load_hugging_face(path)
+        if enc.n_vocab > vocab_size:
+            sys.exit(f"{source}: its tokenizer has {enc.n_vocab} tokens, its model only {vocab_size}")
+        return enc
+    names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
+    if vocab_size not in names:
+        sys.exit(
+            f"{source}: no tokenizer.json, and {vocab_size} tokens are neither gpt2's vocabulary nor bytes'"
+        )
+    return load_tokenizer(names[vocab_size])
 
 
 def find_checkpoint(ckpt, log_dir):
@@ -407,16 +420,17 @@ def load_checkpoint(path, mmap=False):
 
 def download_openai(name):
     """The local folder of OpenAI's weights, from the Hugging Face cache or, once, its hub."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, hf_hub_download
 
-    files = ["config.json", "model.safetensors"]
-    try:
-        return snapshot_download(f"openai-community/{name}", allow_patterns=files)
-    except (OSError, ValueError) as e:
-        sys.exit(
-            f"cannot get {' and '.join(files)} of openai-community/{name} from the Hugging Face cache or "
-            f"hub ({type(e).__name__}): go online once, or name a folder that holds them"
-        )
+    for file in ("config.json", "model.safetensors"):
+        try:
+            path = hf_hub_download(f"openai-community/{name}", file)
+        except (OSError, ValueError) as e:
+            sys.exit(
+                f"cannot get {file} of openai-community/{name}: it is not in {constants.HF_HUB_CACHE}, and the "
+                f"hub cannot be reached ({type(e).__name__}): go online once, or name a folder that holds it"
+            )
+    return os.path.dirname(path)
 
 
 def config_from_hf(hf, source):

@@ -236,8 +236,9 @@ def read_meta(data_dir):
 class Shards:
     """The shards of one folder.
 
-    enc is their tokenizer; train and val are lists of (path, number of tokens); complete is False
-    while fineweb.py is still writing. Exits if the folder holds none or one is damaged.
+    dataset is what they were made from, enc their tokenizer; train and val are lists of (path, number of
+    tokens); complete is False while fineweb.py is still writing. Exits if the folder holds none or one is
+    damaged.
     """
 
     def __init__(self, data_dir):
@@ -246,7 +247,7 @@ class Shards:
         if not has_shards(data_dir):
             sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={data_dir}")
         meta = self.refresh()
-        name = meta["tokenizer"]
+        self.dataset, name = meta.get("dataset"), meta["tokenizer"]
         self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)
         if meta.get("vocab_size", self.enc.n_vocab) != self.enc.n_vocab:
             sys.exit(
@@ -258,7 +259,7 @@ class Shards:
         """Read the folder again; returns the dict of meta.json."""
         meta = read_meta(self.data_dir)
         if not meta:
-            meta = {"tokenizer": "gpt2", "complete": True, "shards": []}
+            meta = {"dataset": "fineweb-edu", "tokenizer": "gpt2", "complete": True, "shards": []}
             for name in sorted(os.listdir(self.data_dir)):
                 split = re.search(r"(train|val)\D*\d*\.npy$", name)
                 if split:

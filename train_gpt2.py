@@ -36,6 +36,7 @@ from configurator import configure, current_settings, read_settings
 from device import all_agree, local_first, peak_flops, pick_autocast, pick_compile, pick_dtype, start_processes
 from fineweb import write_demo_shards
 from logdir import (
+    LEARNING,
     LogDir,
     changes,
     check_finite,
@@ -327,6 +328,9 @@ def main(given):
     log = LogDir(log_dir, saved) if master else None
     record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
+    if master and not saved:
+        about = {"tokenizer": enc.name, "dataset": shards.dataset, "parameters": raw_model.num_params()}
+        log.note(0, "run", **about, settings={key: settings[key] for key in LEARNING})
     last_save, saved_at = (start_step, evaluated_step) if saved else None, time.monotonic()
     del saved
 

@@ -1,0 +1,358 @@
+"""Pictures of a run: its log as curves, or what its position embeddings have learned.
+
+    python plot.py                                    # log/log.txt, log/metrics.jsonl -> log/plot.png
+    python plot.py --logs=log,log2 --x=tokens         # several runs in one picture
+    python plot.py --what=wpe --ckpt                  # position embeddings -> log/wpe.png
+
+Also reads the log.txt of build-nanogpt, and a log that is still being written. Lines to compare with are
+drawn where they apply: for models of GPT-2 tokens, the validation loss for FineWeb-Edu alone. They are
+GPT-2 124M's loss of 3.2924 on build-nanogpt's validation shard and HellaSwag acc_norm of 29.46, as
+https://github.com/karpathy/build-nanogpt has measured them, and GPT-3 124M's 33.7 of the GPT-3 paper.
+"""
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+
+from configurator import configure
+
+# -- settings: override any with --key=value --------------------------------------
+logs = "log"  # log folders of runs, separated by commas
+out = ""  # the picture; empty: plot.png or wpe.png in the first of the folders
+x = "step"  # the horizontal axis: step, tokens or hours
+what = "run"  # run or wpe
+ckpt = "latest"  # of --what=wpe: latest (in the folder), a .pt file, gpt2 ... gpt2-xl, a Hugging Face folder
+
+GPT2_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.2946, 0.337
+COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
+
+
+def read_run(folder):
+    """The records of a log folder: {kind: {"step": array, key: array, ...}} and the dict of its run record.
+
+    Values that a record lacks, or that are not numbers, are nan; a line that is still being written is
+    left out. Exits if there is no log.
+    """
+    records = {}  # {kind: {step: {key: value}}}
+    path = os.path.join(folder, "log.txt")
+    try:
+        with open(path) as f:
+            for line in f:
+                step, _, rest = line.partition(" ")
+                kind, _, value = rest.partition(" ")
+                if line.endswith("\n") and step.isdigit():
+                    records.setdefault(kind, {})[int(step)] = {"value": float(value)}
+    except (OSError, ValueError) as e:
+        sys.exit(f"{path}: not a log that can be read ({e}); --logs= names the folders of runs")
+    if not records:
+        sys.exit(f"{path}: is empty; python train_gpt2.py writes it")
+    about = {"tokenizer": "gpt2", "dataset": "fineweb-edu"}  # build-nanogpt's, which has only a log.txt
+    path = os.path.join(folder, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path) as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if record["kind"] == "run":
+                    about = record
+                elif record["step"] in records.get(record["kind"], {}):
+                    records[record["kind"]][record["step"]] |= record
+    run = {}
+    for kind, rows in records.items():
+        steps = sorted(rows)
+        keys = {key for step in steps for key, value in rows[step].items() if isinstance(value, (int, float))}
+        run[kind] = {
+            key: np.array([rows[step].get(key, np.nan) for step in steps], dtype=float) for key in keys
+        }
+        run[kind]["step"] = np.array(steps)
+        run[kind]["rows"] = [rows[step] for step in steps]
+    return run, about
+
+
+def axis(run, kind):
+    """Where the records of a kind stand on the horizontal axis."""
+    steps, train = run[kind]["step"], run.get("train", {})
+    if x == "step" or kind not in run:
+        return steps
+    if x not in ("tokens", "hours") or "tokens" not in train:
+        sys.exit(f"--x={x}: choose step, or, for logs with a metrics.jsonl, tokens or hours")
+    values = train["tokens"] / 1e9 if x == "tokens" else np.nancumsum(train["seconds"]) / 3600
+    # A record of step s other than train was made before the update of s: behind step s - 1.
+    return np.interp(steps - (kind != "train"), train["step"], values, left=0)
+
+
+def smooth(values, window):
+    """The mean of the last `window` values, of those that are numbers."""
+    known = np.isfinite(values)
+    sums = np.concatenate(([0.0], np.where(known, values, 0).cumsum()))
+    counts = np.concatenate(([0], known.cumsum()))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - window)
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[start]) / (counts[end] - counts[start])
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("plotting needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.titlesize": 12,
+            "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9, "legend.edgecolor": "none",
+        }
+    )  # fmt: skip
+    return plt
+
+
+def save(fig, path):
+    try:
+        fig.savefig(path, dpi=110)
+    except (OSError, ValueError) as e:
+        sys.exit(f"--out={path}: cannot write this picture ({e})")
+    print(path)
+
+
+# -- a run --------------------------------------------------------------------------
+
+
+def draw_loss(ax, runs):
+    highs, lows = [], []
+    for (name, run, _), color in zip(runs, COLORS, strict=False):
+        for kind in ("train", "val"):
+            if kind not in run:
+                continue
+            at, values = axis(run, kind), run[kind]["value"]
+            if kind == "train":
+                window = max(1, len(values) // 200)
+                line = smooth(values, window)
+                if window > 1:
+                    ax.plot(at, values, color=color, alpha=0.15, linewidth=0.5)
+                ax.plot(at, line, color=color, alpha=0.7, linewidth=1, label=f"{name} train".strip())
+            else:
+                line = values
+                marker = "o" if len(values) < 40 else None
+                ax.plot(
+                    at, line, color=color, linewidth=2, marker=marker, markersize=4, label=f"{name} val".strip()
+                )
+            line = line[np.isfinite(line)]
+            if len(line):
+                # The first steps fall from ln(vocabulary): they would press the rest flat.
+                highs.append(line[min(len(line) // 20, 500)])
+                lows.append(line.min())
+    if applies(runs, "dataset"):
+        ax.axhline(GPT2_LOSS, color="0.3", linestyle="--", linewidth=1, label=f"GPT-2 124M val {GPT2_LOSS}")
+        lows.append(GPT2_LOSS)
+    if highs:
+        low, high = min(lows), max(highs)
+        ax.set_ylim(low - 0.06 * (high - low) - 0.02, high + 0.06 * (high - low) + 0.02)
+    ax.set(title="loss", ylabel="nats a token")
+
+
+def applies(runs, what):
+    """Whether the published numbers of GPT-2 may stand beside all of these runs."""
+    tokens = all(about.get("tokenizer") == "gpt2" for _, _, about in runs)
+    return tokens and (what != "dataset" or all(about.get("dataset") == "fineweb-edu" for _, _, about in runs))
+
+
+def draw_hellaswag(ax, runs):
+    for (name, run, _), color in zip(runs, COLORS, strict=False):
+        if "hella" in run:
+            ax.plot(
+                axis(run, "hella"),
+                run["hella"]["value"],
+                color=color,
+                marker="o",
+                markersize=3,
+                label=name or "acc_norm",
+            )
+    ax.axhline(0.25, color="0.6", linestyle=":", linewidth=1, label="chance 0.25")
+    if applies(runs, "tokens"):
+        ax.axhline(
+            GPT2_HELLASWAG, color="0.3", linestyle="--", linewidth=1, label=f"GPT-2 124M {GPT2_HELLASWAG}"
+        )
+        ax.axhline(
+            GPT3_HELLASWAG, color="0.3", linestyle="-.", linewidth=1, label=f"GPT-3 124M {GPT3_HELLASWAG}"
+        )
+    ax.set(title="HellaSwag", ylabel="acc_norm")
+
+
+def draw_ewok(ax, runs):
+    for (name, run, _), color in zip(runs, COLORS, strict=False):
+        if "ewok" in run:
+            ax.plot(
+                axis(run, "ewok"),
+                run["ewok"]["value"],
+                color=color,
+                marker="o",
+                markersize=3,
+                label=name or "all items",
+            )
+    ax.axhline(0.5, color="0.6", linestyle=":", linewidth=1, label="chance 0.5")
+    ax.set(title="EWoK", ylabel="context score")
+
+
+def domains(runs):
+    return sorted(
+        {
+            d
+            for _, run, _ in runs
+            for row in run.get("ewok", {}).get("rows", [])
+            for d in row.get("by_Domain", {})
+        }
+    )
+
+
+def draw_domains(ax, runs):
+    """The last EWoK scores by domain, a bar for each run."""
+    names = domains(runs)
+    height = 0.8 / len(runs)
+    for i, ((name, run, _), color) in enumerate(zip(runs, COLORS, strict=False)):
+        last = run.get("ewok", {"rows": [{}]})["rows"][-1].get("by_Domain", {})
+        scores = [last.get(d, {}).get("context", np.nan) for d in names]
+        ax.barh(
+            np.arange(len(names)) + (i - (len(runs) - 1) / 2) * height,
+            scores,
+            height * 0.9,
+            color=color,
+            label=name,
+        )
+    ax.axvline(0.5, color="0.4", linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
+    ax.invert_yaxis()
+    ax.set(title="EWoK by domain, at the end (chance 0.5)", xlabel="context score", xlim=(0, 1))
+
+
+def draw_train(key, title, ylabel, scale=1.0, log=False):
+    def draw(ax, runs):
+        for (name, run, _), color in zip(runs, COLORS, strict=False):
+            if key in run.get("train", {}):
+                values = run["train"][key] * scale
+                ax.plot(
+                    axis(run, "train"),
+                    smooth(values, max(1, len(values) // 200)),
+                    color=color,
+                    linewidth=1.2,
+                    label=name,
+                )
+        ax.set(title=title, ylabel=ylabel)
+        if log:
+            ax.set_yscale("log")
+        else:
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+
+    return draw
+
+
+def draw_run():
+    folders = [folder.strip() for folder in logs.split(",") if folder.strip()]
+    if not 0 < len(folders) <= len(COLORS):
+        sys.exit(f"--logs={logs}: expected 1 to {len(COLORS)} folders, separated by commas")
+    if x not in ("step", "tokens", "hours"):
+        sys.exit(f"--x={x}: choose step, tokens or hours")
+    runs = []
+    for folder in folders:
+        run, about = read_run(folder)
+        runs.append((folder if len(folders) > 1 else "", run, about))
+        print(f"{folder}: {summary(run)}")
+    plt = pyplot()
+
+    def has(kind, key="value"):
+        return any(key in run.get(kind, {}) for _, run, _ in runs)
+
+    panels = [
+        (has("train") or has("val"), draw_loss),
+        (has("hella"), draw_hellaswag),
+        (has("ewok"), draw_ewok),
+        (bool(domains(runs)), draw_domains),
+        (has("train", "lr"), draw_train("lr", "learning rate", "AdamW's lr")),
+        (has("train", "grad_norm"), draw_train("grad_norm", "gradient norm", "norm before clipping", log=True)),
+        (
+            has("train", "tokens_per_second"),
+            draw_train("tokens_per_second", "throughput", "thousand tokens/s", 1e-3),
+        ),
+    ]
+    panels = [draw for there, draw in panels if there]
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(5.6 * columns, 3.5 * rows), squeeze=False, layout="constrained"
+    )
+    for ax, draw in zip(axes.flat, panels, strict=False):
+        draw(ax, runs)
+        if draw is not draw_domains:
+            ax.set_xlabel({"step": "step", "tokens": "billion tokens", "hours": "hours of training"}[x])
+            ax.locator_params(axis="x", nbins=5, integer=x == "step")
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(loc="lower right" if draw in (draw_hellaswag, draw_ewok) else "best")
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    save(fig, out or os.path.join(folders[0], "plot.png"))
+
+
+def summary(run):
+    """What people read first: best validation loss, last HellaSwag and EWoK, tokens, hours."""
+    parts = []
+    val = run.get("val", {}).get("value", np.array([]))
+    if np.isfinite(val).any():
+        best = np.nanargmin(val)
+        parts.append(f"best val loss {val[best]:.4f} at step {run['val']['step'][best]}")
+    for kind, name in (("hella", "HellaSwag"), ("ewok", "EWoK")):
+        if kind in run:
+            parts.append(f"{name} {run[kind]['value'][-1]:.4f}")
+    train = run.get("train", {})
+    if "tokens" in train:
+        parts.append(f"{np.nanmax(train['tokens']):,.0f} tokens")
+        parts.append(f"{np.nansum(train['seconds']) / 3600:.2f} hours of training")
+    elif train:
+        parts.append(f"{train['step'][-1] + 1} steps, train loss {train['value'][-1]:.4f}")
+    return ", ".join(parts)
+
+
+# -- position embeddings ------------------------------------------------------------
+
+
+def draw_wpe():
+    from model import load_model
+
+    folder = logs.split(",")[0].strip()
+    model, _ = load_model(ckpt, "cpu", folder)
+    wpe = model.transformer.wpe.weight.detach().numpy()  # (block_size, n_embd)
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    limit = np.percentile(abs(wpe), 99)
+    image = axes[0].imshow(wpe, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    axes[0].set(title="position embeddings", xlabel="channel", ylabel="position")
+    fig.colorbar(image, ax=axes[0])
+    strongest = np.argsort(-wpe.std(axis=0), kind="stable")[:4]
+    for channel, color in zip(strongest, COLORS, strict=False):
+        axes[1].plot(wpe[:, channel], color=color, linewidth=1, label=f"channel {channel}")
+    axes[1].set(title="the four channels that vary most", xlabel="position", ylabel="value")
+    axes[1].legend()
+    unit = wpe / np.maximum(np.linalg.norm(wpe, axis=1, keepdims=True), 1e-12)
+    image = axes[2].imshow(unit @ unit.T, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
+    axes[2].set(title="cosine similarity of positions", xlabel="position", ylabel="position")
+    fig.colorbar(image, ax=axes[2])
+    for ax in (axes[0], axes[2]):
+        ax.grid(False)
+    save(fig, out or os.path.join(folder if os.path.isdir(folder) else "", "wpe.png"))
+
+
+def main():
+    if what not in ("run", "wpe"):
+        sys.exit(f"--what={what}: choose run or wpe")
+    draw_run() if what == "run" else draw_wpe()
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
