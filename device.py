@@ -1,5 +1,6 @@
 """What a script runs on: device, precision, and the processes that torchrun starts, one for each device."""
 
+import ctypes
 import os
 import re
 import sys
@@ -28,6 +29,18 @@ def pick_device(device):
     return device
 
 
+def keep_freed_memory():
+    """Have glibc's malloc keep the memory of freed tensors for the next ones.
+
+    It gives large blocks back to the kernel otherwise, and gets them anew page by page: a third of the
+    speed of training on a CPU (see the README). Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GB free at the end of the heap
+
+
 def start_processes(device):
     """(rank, world_size, device) of this process, with pick_device's device.
 
@@ -41,6 +54,8 @@ def start_processes(device):
             sys.exit(f"more processes than GPUs: use --nproc_per_node={gpus}, or --device=cpu")
         device = f"cuda:{local_rank}" if gpus else "cpu"
     device = pick_device(device)
+    if device == "cpu":
+        keep_freed_memory()
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world_size <= 1:

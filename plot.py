@@ -108,7 +108,8 @@ def pyplot():
     plt.rcParams.update(
         {
             "font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.titlesize": 12,
-            "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9, "legend.edgecolor": "none",
+            "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9,
+            "legend.edgecolor": "none",
         }
     )  # fmt: skip
     return plt
