@@ -331,7 +331,7 @@ def main():
     enc = load_tokenizer(tokenizer)
     texts = Documents(dataset, subset, text_column, streaming, shuffle_buffer, seed)
     about = {"dataset": dataset, "subset": subset if dataset.startswith("fineweb") else None, "seed": seed}
-    about |= {"text_column": text_column, "shuffle_buffer": shuffle_buffer}
+    about |= {"text_column": text_column, "streaming": streaming, "shuffle_buffer": shuffle_buffer}
     prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))  # "edufineweb" is build-nanogpt's
     prefix = "edufineweb" if dataset == "fineweb-edu" else prefix
     made = not os.path.exists(out_dir)

@@ -423,13 +423,17 @@ def download_openai(name):
     from huggingface_hub import constants, hf_hub_download
 
     for file in ("config.json", "model.safetensors"):
-        try:
-            path = hf_hub_download(f"openai-community/{name}", file)
-        except (OSError, ValueError) as e:
-            sys.exit(
-                f"cannot get {file} of openai-community/{name}: it is not in {constants.HF_HUB_CACHE}, and the "
-                f"hub cannot be reached ({type(e).__name__}): go online once, or name a folder that holds it"
-            )
+        for cached in (True, False):  # the weights never change: what is in the cache needs no network
+            try:
+                path = hf_hub_download(f"openai-community/{name}", file, local_files_only=cached)
+                break
+            except (OSError, ValueError) as e:
+                if not cached:
+                    sys.exit(
+                        f"cannot get {file} of openai-community/{name}: it is not in {constants.HF_HUB_CACHE}, "
+                        f"and the hub cannot be reached ({type(e).__name__}): go online once, or name a folder "
+                        "that holds it"
+                    )
     return os.path.dirname(path)
 
 

@@ -126,6 +126,16 @@ def save(fig, path):
 # -- a run --------------------------------------------------------------------------
 
 
+def baseline(ax, y, name, right=False):
+    """A dashed line to compare with, and its name on it."""
+    ax.axhline(y, color="0.35", linestyle="--", linewidth=1)
+    side = {"x": 0.99, "ha": "right"} if right else {"x": 0.01, "ha": "left"}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+    ax.text(
+        **side, y=y, s=f"{name} {y:g}", va="bottom", fontsize=9, transform=ax.get_yaxis_transform(), bbox=box
+    )
+
+
 def draw_loss(ax, runs):
     highs, lows = [], []
     for (name, run, _), color in zip(runs, COLORS, strict=False):
@@ -148,10 +158,10 @@ def draw_loss(ax, runs):
             line = line[np.isfinite(line)]
             if len(line):
                 # The first steps fall from ln(vocabulary): they would press the rest flat.
-                highs.append(line[min(len(line) // 20, 500)])
+                highs.append(line[min(max(1, len(line) // 20), 500, len(line) - 1)])
                 lows.append(line.min())
     if applies(runs, "dataset"):
-        ax.axhline(GPT2_LOSS, color="0.3", linestyle="--", linewidth=1, label=f"GPT-2 124M val {GPT2_LOSS}")
+        baseline(ax, GPT2_LOSS, "GPT-2 124M val", right=True)
         lows.append(GPT2_LOSS)
     if highs:
         low, high = min(lows), max(highs)
@@ -174,16 +184,13 @@ def draw_hellaswag(ax, runs):
                 color=color,
                 marker="o",
                 markersize=3,
-                label=name or "acc_norm",
+                label=name,
             )
-    ax.axhline(0.25, color="0.6", linestyle=":", linewidth=1, label="chance 0.25")
+    baseline(ax, 0.25, "chance", right=True)
     if applies(runs, "tokens"):
-        ax.axhline(
-            GPT2_HELLASWAG, color="0.3", linestyle="--", linewidth=1, label=f"GPT-2 124M {GPT2_HELLASWAG}"
-        )
-        ax.axhline(
-            GPT3_HELLASWAG, color="0.3", linestyle="-.", linewidth=1, label=f"GPT-3 124M {GPT3_HELLASWAG}"
-        )
+        baseline(ax, GPT2_HELLASWAG, "GPT-2 124M")
+        baseline(ax, GPT3_HELLASWAG, "GPT-3 124M")
+    ax.margins(y=0.12)
     ax.set(title="HellaSwag", ylabel="acc_norm")
 
 
@@ -196,9 +203,10 @@ def draw_ewok(ax, runs):
                 color=color,
                 marker="o",
                 markersize=3,
-                label=name or "all items",
+                label=name,
             )
-    ax.axhline(0.5, color="0.6", linestyle=":", linewidth=1, label="chance 0.5")
+    baseline(ax, 0.5, "chance", right=True)
+    ax.margins(y=0.12)
     ax.set(title="EWoK", ylabel="context score")
 
 
@@ -294,7 +302,7 @@ def draw_run():
             ax.set_xlabel({"step": "step", "tokens": "billion tokens", "hours": "hours of training"}[x])
             ax.locator_params(axis="x", nbins=5, integer=x == "step")
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="lower right" if draw in (draw_hellaswag, draw_ewok) else "best")
+            ax.legend()
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     save(fig, out or os.path.join(folders[0], "plot.png"))

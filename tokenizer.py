@@ -124,7 +124,7 @@ def load_hugging_face(path):
     try:
         with open(path, encoding="utf-8") as f:
             state = json.load(f)
-        if state["model"]["type"] != "BPE" or state["normalizer"]:
+        if state["model"]["type"] != "BPE" or state.get("normalizer"):
             raise ValueError("it is not a plain BPE")
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
         byte_of = {character: b for b, character in byte_characters().items()}
@@ -141,6 +141,8 @@ def load_hugging_face(path):
         sys.exit(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})")
     if ranks == {bytes([b]): b for b in range(256)}:
         return load_tokenizer("bytes")
+    if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True):
+        sys.exit(f"{path}: a BPE that does not cut text into pieces first cannot be read")
     pat_str = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
     if pat_str == PATTERNS["gpt2"] and len(ranks) == 50256:
         gpt2 = load_tokenizer("gpt2")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -311,27 +312,43 @@ def test_damaged_hugging_face_folders(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_openai_names_go_to_the_hub(tmp_path, monkeypatch):
-    """What the hub answers with, and what a user reads when it does not answer."""
-    hf_model("small").save_pretrained(tmp_path)
-    asked = []
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A cache as huggingface_hub keeps it, holding a tiny gpt2-medium; the hub itself does not answer."""
+    snapshot = tmp_path / "hub" / "models--openai-community--gpt2-medium" / "snapshots" / "abc"
+    hf_model("padded").save_pretrained(snapshot)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
 
-    def snapshot_download(repo, allow_patterns):
-        asked.append(repo)
-        return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    load_model("gpt2-xl")
-    assert asked == ["openai-community/gpt2-xl"]
-
-    def offline(repo, allow_patterns):
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        SystemExit, match=r"cannot get config\.json and model\.safetensors of openai-community/gpt2 "
-    ):
+def test_openai_names(hub_cache, run, gpt2, tmp_path):
+    """From the cache without a network; what is missing is named, and where it was looked for."""
+    assert load_model("gpt2-medium")[0].config.n_head == SHAPES["padded"]["n_head"]
+    assert run("sample.py", "--ckpt=gpt2-medium", "--prompt=Hi", "--max_new_tokens=3").startswith("Hi")
+    texts = "\n".join(json.dumps({"text": f"Some text {i} of many."}) for i in range(200))
+    (tmp_path / "t.jsonl").write_text(texts)
+    run("fineweb.py", "--dataset=t.jsonl", "--out_dir=shards")
+    args = ["--data_dir=shards", "--B=2", "--T=16"]
+    evaluated = run("train_gpt2.py", *args, "--eval_only=True", "--ckpt=gpt2-medium")
+    assert evaluated.startswith("gpt2-medium on shards, context 16:")
+    args += ["--init_from=gpt2-medium", "--total_batch_size=64", "--max_steps=1", "--hellaswag_every=0"]
+    tuned = run("train_gpt2.py", *args, "--ewok_every=0", "--sample_every=0", "--max_lr=0", "--min_lr=0")
+    loss = re.search(r"loss ([\d.]+) \|", evaluated)[1]
+    assert f"step     0 | val loss {loss} |" in tuned
+    with pytest.raises(SystemExit) as e:
         load_model("gpt2")
+    assert re.match(
+        rf"cannot get config\.json of openai-community/gpt2: it is not in {tmp_path}/hub, and the hub cannot "
+        r"be reached \(\w+\): go online once, or name a folder that holds it",
+        e.value.code,
+    )
+    (hub_cache / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"cannot get model\.safetensors of openai-community/gpt2-medium"):
+        load_model("gpt2-medium")
 
 
 def checkpoint(path, **changes):
