@@ -51,7 +51,7 @@ def merges(ranks):
     return found
 
 
-def hugging_face_tokenizer(enc):
+def to_hugging_face(enc):
     """A tokenizers.Tokenizer that encodes as enc does; exits if it cannot."""
     try:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -84,7 +84,7 @@ def write_folder(model, enc, folder, dtype):
     """Write config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json."""
     from safetensors.torch import save
 
-    tokenizer = hugging_face_tokenizer(enc)
+    tokenizer = to_hugging_face(enc)
     c = model.config
     ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     config = {

@@ -226,6 +226,11 @@ class Documents:
 # -- tokens -----------------------------------------------------------------------
 
 
+def cut(text, size=400_000):
+    """A text in parts of so many characters."""
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
 def encode(texts, enc, dtype):
     """The token ids of documents, each behind its <|endoftext|>, as one array of dtype."""
     parts = []
@@ -233,8 +238,10 @@ def encode(texts, enc, dtype):
         parts.append([enc.eot_token])
         try:
             parts.append(enc.encode_to_numpy(text, disallowed_special=()))
-        except UnicodeEncodeError:  # half of a surrogate pair, as broken JSON can hold
+        except UnicodeEncodeError:  # half of a surrogate pair
             parts.append(enc.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=()))
+        except ValueError:  # a million blanks in a row are more than the engine of the pattern can go back over
+            parts += [enc.encode_to_numpy(part, disallowed_special=()) for part in cut(text)]
     return np.concatenate(parts).astype(dtype)
 
 
@@ -313,7 +320,9 @@ def write_demo_shards(out_dir):
         paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
         np.random.default_rng(0).shuffle(paths)
         texts = itertools.chain.from_iterable(map(read_text, paths))
-    shutil.rmtree(out_dir, ignore_errors=True)
+    for path in (*glob.glob(os.path.join(out_dir, "demo_*.npy")), os.path.join(out_dir, "meta.json")):
+        if os.path.exists(path):
+            os.remove(path)
     enc = load_tokenizer("bytes")
     about = {"dataset": source, "subset": None, "seed": None}
     return write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, **about)

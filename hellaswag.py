@@ -53,10 +53,10 @@ def load_items(path="", split="val", limit=0):
     if not path:
         path = os.path.join("hellaswag", f"hellaswag_{split}.jsonl")
         if not os.path.exists(path):
-            os.makedirs("hellaswag", exist_ok=True)
             try:
+                os.makedirs("hellaswag", exist_ok=True)
                 download(URL.format(split=split), path)
-            except requests.RequestException as e:
+            except (requests.RequestException, OSError) as e:
                 sys.exit(
                     f"cannot download HellaSwag ({type(e).__name__}): put {URL.format(split=split)} at {path}"
                 )

@@ -28,6 +28,10 @@ LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_ste
     beta1 beta2 grad_clip dtype""".split()
 
 
+RESUME_KEYS = """step evaluated_step tokens exposed bad_steps data settings defaults precision optimizer scaler
+    rng""".split()
+
+
 def model_path(log_dir, step):
     return os.path.join(log_dir, f"model_{step:05d}.pt")
 
@@ -38,7 +42,7 @@ def load_resume(log_dir, mmap=False):
     if not os.path.exists(path):
         return None
     saved = load_checkpoint(path, mmap)
-    missing = {"step", "settings", "defaults", "optimizer"} - set(saved)
+    missing = set(RESUME_KEYS) - set(saved)
     if missing:
         sys.exit(f"{path}: not this trainer's, it has no {', '.join(sorted(missing))}")
     if not os.path.exists(model_path(log_dir, saved["step"])):
@@ -68,8 +72,9 @@ def changes(saved, given):
     """What the command line changes in a resumed run: " with key=value instead of ...", or nothing."""
     was = saved["settings"]
     changed = [key for key in LEARNING if given.get(key, was[key]) != was[key]]
+    order = "; the rest of the epoch is read in another order" if {"seed", "T"} & set(changed) else ""
     changed = [f"{key}={given[key]} instead of {was[key]}" for key in changed]
-    return f" with {', '.join(changed)}" if changed else ""
+    return f" with {', '.join(changed)}{order}" if changed else ""
 
 
 def check_resumption(log_dir, saved, shards, precision):
@@ -135,15 +140,19 @@ class LogDir:
     """The folder in the hands of the one process that writes to it.
 
     saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an
-    earlier run to old_1/ and so on. Exits if another live run has the folder, or it cannot be written.
+    earlier run to old_1/ and so on; resume: whether a resume.pt would have been gone on from. Exits if
+    another live run has the folder, or it cannot be written.
     """
 
-    def __init__(self, path, saved=None):
+    def __init__(self, path, saved=None, resume=False):
         self.path, self._files = path, {}
         try:
             self._lock = lock_folder(path)
+            now = load_resume(path, mmap=True) if resume else None
+            if (now or {}).get("step") != (saved or {}).get("step"):
+                sys.exit(f"{path}/: another run has just saved there; --resume again goes on from that")
             for name in os.listdir(path):
-                if name.endswith(".tmp"):
+                if re.fullmatch(r"(log\.txt|\w+\.jsonl|resume\.pt|model_\d+\.pt)\.tmp", name):
                     os.remove(os.path.join(path, name))  # of a run that died while it wrote
             if saved is None:
                 self._set_aside()
@@ -158,7 +167,9 @@ class LogDir:
 
     def _set_aside(self):
         names = os.listdir(self.path)
-        old = [name for name in names if name in (*RECORDS, "resume.pt") or re.match(r"model_\d+\.pt", name)]
+        old = [
+            name for name in names if name in (*RECORDS, "resume.pt") or re.fullmatch(r"model_\d+\.pt", name)
+        ]
         if old:
             n = 1
             while os.path.exists(os.path.join(self.path, f"old_{n}")):

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from tokenizer import load_hugging_face, load_tokenizer
+from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -367,7 +367,9 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """
     if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
         model = GPT.from_pretrained(ckpt)
-        enc = hugging_face_tokenizer(ckpt, model.config.vocab_size)
+        enc = (
+            load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(ckpt, model.config.vocab_size)
+        )
     else:
         path = find_checkpoint(ckpt, log_dir)
         state = load_checkpoint(path)
@@ -379,14 +381,16 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     return model.float().to(device).eval(), enc  # float: export.py can have written it in bfloat16
 
 
-def hugging_face_tokenizer(source, vocab_size):
-    """The tiktoken.Encoding of a model with vocab_size tokens: its tokenizer.json, or that of its size."""
+def tokenizer_beside(source, vocab_size):
+    """The tiktoken.Encoding of a Hugging Face folder: its own, or that of the model's vocab_size."""
     path = os.path.join(source, "tokenizer.json")
     if os.path.exists(path):
         enc = load_hugging_face(path)
         if enc.n_vocab > vocab_size:
             sys.exit(f"{source}: its tokenizer has {enc.n_vocab} tokens, its model only {vocab_size}")
         return enc
+    if os.path.exists(os.path.join(source, "vocab.json")):
+        return load_vocab_json(os.path.join(source, "vocab.json"))
     names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
     if vocab_size not in names:
         sys.exit(
@@ -414,7 +418,7 @@ def load_checkpoint(path, mmap=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
+    except Exception as e:  # torch's reader raises whatever its parts do on a file that is none
         sys.exit(f"{path}: not a whole checkpoint file ({str(e).partition(chr(10))[0] or type(e).__name__})")
 
 
@@ -468,10 +472,13 @@ def read_hf_tensors(folder):
         path = os.path.join(folder, stem)
         paths = [path]
         if os.path.exists(path + ".index.json"):
-            with open(path + ".index.json") as f:
-                names = sorted(set(json.load(f)["weight_map"].values()))
+            try:
+                with open(path + ".index.json") as f:
+                    names = sorted(set(json.load(f)["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError) as e:
+                sys.exit(f"{path}.index.json: cannot be read ({type(e).__name__}: {e})")
             paths = [os.path.join(folder, name) for name in names]
-        if os.path.exists(paths[0]):
+        if paths != [path] or os.path.exists(path):
             tensors = {}
             for path in paths:
                 try:

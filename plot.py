@@ -31,10 +31,11 @@ COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 
 
 def read_run(folder):
-    """The records of a log folder: {kind: {"step": array, key: array, ...}} and the dict of its run record.
+    """(run, about): the records of a log folder, and the dict of its run record.
 
-    Values that a record lacks, or that are not numbers, are nan; a line that is still being written is
-    left out. Exits if there is no log.
+    run is {kind: {"step": array, key: array, ..., "rows": the records as dicts}}. Values that a record
+    lacks, or that are not numbers, are nan; a line that is still being written is left out. Exits if
+    there is no log.
     """
     records = {}  # {kind: {step: {key: value}}}
     path = os.path.join(folder, "log.txt")
@@ -77,10 +78,10 @@ def read_run(folder):
 def axis(run, kind):
     """Where the records of a kind stand on the horizontal axis."""
     steps, train = run[kind]["step"], run.get("train", {})
-    if x == "step" or kind not in run:
+    if x == "step":
         return steps
-    if x not in ("tokens", "hours") or "tokens" not in train:
-        sys.exit(f"--x={x}: choose step, or, for logs with a metrics.jsonl, tokens or hours")
+    if "tokens" not in train:
+        sys.exit(f"--x={x}: choose step; tokens and hours are for logs with a metrics.jsonl")
     values = train["tokens"] / 1e9 if x == "tokens" else np.nancumsum(train["seconds"]) / 3600
     # A record of step s other than train was made before the update of s: behind step s - 1.
     return np.interp(steps - (kind != "train"), train["step"], values, left=0)
@@ -341,7 +342,7 @@ def draw_wpe():
     limit = np.percentile(abs(wpe), 99)
     image = axes[0].imshow(wpe, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     axes[0].set(title="position embeddings", xlabel="channel", ylabel="position")
-    fig.colorbar(image, ax=axes[0])
+    fig.colorbar(image, ax=axes[0], label="value")
     strongest = np.argsort(-wpe.std(axis=0), kind="stable")[:4]
     for channel, color in zip(strongest, COLORS, strict=False):
         axes[1].plot(wpe[:, channel], color=color, linewidth=1, label=f"channel {channel}")
@@ -350,7 +351,7 @@ def draw_wpe():
     unit = wpe / np.maximum(np.linalg.norm(wpe, axis=1, keepdims=True), 1e-12)
     image = axes[2].imshow(unit @ unit.T, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
     axes[2].set(title="cosine similarity of positions", xlabel="position", ylabel="position")
-    fig.colorbar(image, ax=axes[2])
+    fig.colorbar(image, ax=axes[2], label="cosine")
     for ax in (axes[0], axes[2]):
         ax.grid(False)
     save(fig, out or os.path.join(folder if os.path.isdir(folder) else "", "wpe.png"))

@@ -14,7 +14,6 @@ of a shard shuffled within it. From the second epoch on the windows start at ano
 
 import functools
 import json
-import math
 import os
 import re
 import sys
@@ -108,8 +107,14 @@ class ShardWriter:
                     f"{self.out_dir} holds shards made with {key}={old.get(key)}, not {value}: choose another "
                     "--out_dir, or delete it to start over"
                 )
-        if len(old["shards"]) < 2 and not old["complete"]:
-            return  # the first two belong together: they are written again
+        if not isinstance(self.tokenizer, str):
+            there = tokenizer_state(load_tokenizer(os.path.join(self.out_dir, "tokenizer.json")))
+            if there != self.tokenizer:
+                sys.exit(
+                    f"{self.out_dir} holds shards made with another tokenizer.json: choose another --out_dir"
+                )
+        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.shard_size):
+            return  # the first two belong together, and so do those of a small corpus: they are written again
         self.meta = old
         written = sum(shard["tokens"] for shard in old["shards"])
         if not old["complete"]:
@@ -297,17 +302,20 @@ def permutation(n, *key):
 class TrainOrder:
     """Which T tokens sequence n of a run is, and the sequences themselves. See the top of this file."""
 
-    def __init__(self, shards, T, seed, say=print, poll_seconds=5):
-        self.shards, self.T, self.seed, self.say, self.poll_seconds = shards, T, seed, say, poll_seconds
+    def __init__(self, shards, T, seed):
+        self.shards, self.T, self.seed = shards, T, seed
         self._windows = functools.lru_cache(maxsize=2)(self._shuffle_windows)
+        self._sign, self._heard_at = None, time.monotonic()
         self._count()
-        if not self.per_epoch and shards.complete:
-            sys.exit(f"{shards.data_dir}: no training shard has the {T + 1} tokens that --T={T} needs")
 
     def _count(self):
         self.counts = np.array([max(0, size - 1) // self.T for _, size in self.shards.train], dtype=np.int64)
         self.per_epoch = int(self.counts.sum())
         self._shard_ends = functools.lru_cache(maxsize=2)(self._shuffle_shards)
+        if not self.per_epoch and self.shards.complete:
+            sys.exit(
+                f"{self.shards.data_dir}: no training shard has the {self.T + 1} tokens that --T={self.T} needs"
+            )
 
     def _shuffle_windows(self, epoch, shard):
         """The starts of a shard's windows in the order of an epoch."""
@@ -322,29 +330,24 @@ class TrainOrder:
         order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
         return order, self.counts[order].cumsum()
 
-    def wait_for(self, n, stopped=lambda: False, timeout=math.inf):
-        """Wait until fineweb.py has written sequence n.
-
-        False if stopped() came first, or if there was no sign of life from it for `timeout` seconds.
-        """
+    def has(self, n):
+        """Whether sequence n has been written; looks into the folder again where it has not."""
         if not self.shards.complete and n >= self.per_epoch:
-            self.say(f"waiting for fineweb.py to write training shard {len(self.counts) + 1}")
-        sign, heard_at = None, time.monotonic()
-        while not self.shards.complete and n >= self.per_epoch:
-            latest = os.stat(os.path.join(self.shards.data_dir, "meta.json")).st_mtime_ns
-            if latest != sign:
-                sign, heard_at = latest, time.monotonic()
-            if stopped() or time.monotonic() - heard_at > timeout:
-                return False
-            time.sleep(self.poll_seconds)
             self.shards.refresh()
             self._count()
-        return True
+        return self.shards.complete or n < self.per_epoch
+
+    def silence(self):
+        """Seconds since meta.json, which fineweb.py touches while it is at work, was last seen to change."""
+        sign = os.stat(os.path.join(self.shards.data_dir, "meta.json")).st_mtime_ns
+        if sign != self._sign:
+            self._sign, self._heard_at = sign, time.monotonic()
+        return time.monotonic() - self._heard_at
 
     def locate(self, n):
         """(epoch, shard, start): sequence n of the run is tokens [start, start + T] of that shard.
 
-        In a folder that is not complete, wait_for(n) comes first.
+        In a folder that is not complete, ask has(n) first.
         """
         epoch, rank = divmod(n, self.per_epoch)
         order, ends = self._shard_ends(epoch)

@@ -135,20 +135,46 @@ def load_hugging_face(path):
         }
         steps = state["pre_tokenizer"].get("pretokenizers", [state["pre_tokenizer"]])
         kinds = [step["type"] for step in steps]
+        pat_str = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
         if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or EOT not in special:
             raise ValueError(f"it needs byte-level pieces and {EOT}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if (
+            steps[-1]["add_prefix_space"]
+            or steps[0].get("behavior", "Isolated") != "Isolated"
+            or steps[0].get("invert")
+        ):
+            raise ValueError("it changes the text, or leaves some of it out")
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
+        order = [state["model"]["vocab"][a + b] for a, b in pairs]
+        if order != sorted(order):
+            raise ValueError("the order of its merges is not that of its tokens")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         sys.exit(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})")
     if ranks == {bytes([b]): b for b in range(256)}:
         return load_tokenizer("bytes")
     if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True):
         sys.exit(f"{path}: a BPE that does not cut text into pieces first cannot be read")
-    pat_str = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
     if pat_str == PATTERNS["gpt2"] and len(ranks) == 50256:
         gpt2 = load_tokenizer("gpt2")
         if ranks == gpt2._mergeable_ranks:
             return gpt2
     return tiktoken.Encoding(own_name(ranks), pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def load_vocab_json(path):
+    """GPT-2's tiktoken.Encoding, if a vocab.json, as older versions of transformers save it, is GPT-2's."""
+    enc, characters = load_tokenizer("gpt2"), byte_characters()
+    try:
+        with open(path, encoding="utf-8") as f:
+            vocab = json.load(f)
+        same = all(
+            vocab["".join(characters[b] for b in token)] == i for token, i in enc._mergeable_ranks.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        sys.exit(f"{path}: not GPT-2's vocabulary; save the tokenizer as tokenizer.json (new transformers do)")
+    return enc
 
 
 def own_name(ranks):
@@ -181,7 +207,7 @@ def bytes_per_token(enc, texts):
 
 
 def main():
-    from fineweb import Documents
+    from fineweb import Documents, cut
     from shards import write_whole
 
     if vocab_size < 257:
@@ -199,12 +225,14 @@ def main():
             if i % 20 == 19:
                 held_out.append(text)
             else:
-                yield text
+                yield from cut(text)
             size += len(text.encode(errors="replace"))
             if 0 < max_bytes <= size:
                 break
 
     enc = train(training_texts(), vocab_size, PATTERNS[pattern])
+    if not size:
+        sys.exit(f"--data={data}: holds no text to train on")
     if enc.n_vocab < vocab_size:
         print(f"the text has pairs for {enc.n_vocab} tokens only, not {vocab_size}")
     write_whole(out, lambda f: f.write(json.dumps(tokenizer_state(enc)).encode()))

@@ -19,6 +19,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -33,7 +34,16 @@ from tqdm import tqdm
 import ewok
 import hellaswag
 from configurator import configure, current_settings, read_settings
-from device import all_agree, local_first, peak_flops, pick_autocast, pick_compile, pick_dtype, start_processes
+from device import (
+    all_agree,
+    from_rank_0,
+    local_first,
+    peak_flops,
+    pick_autocast,
+    pick_compile,
+    pick_dtype,
+    start_processes,
+)
 from fineweb import write_demo_shards
 from logdir import (
     LEARNING,
@@ -49,7 +59,7 @@ from logdir import (
     shard_sizes,
 )
 from model import GPT, GPTConfig, load_model, stream_text
-from shards import Shards, TrainOrder, has_shards, read_windows, val_windows
+from shards import Shards, TrainOrder, has_shards, read_meta, read_windows, val_windows
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
@@ -198,17 +208,23 @@ def check_settings():
         sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
 
 
-def indivisible_batch(world_size):
-    """The message for a total_batch_size that B x T x world_size does not divide."""
-    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
+def fit_micro_batch(world_size, given, say):
+    """Lower B, unless the command line gives it, until it divides the batch; exits if none does."""
     unit = B * T * world_size
+    if total_batch_size % unit == 0:
+        return
+    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
+    if fits and "B" not in given:
+        globals()["B"] = fits[-1]
+        return say(f"--B={fits[-1]}, which divides the {total_batch_size} tokens of a step evenly")
     hint = f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
     shape = f"B x T x processes = {B} x {T} x {world_size}"
-    return f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}"
+    sys.exit(f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}")
 
 
 def make_demo_data():
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not ((resume or eval_only) and has_shards(DEMO_DIR)):
+    made = (resume or eval_only) and (read_meta(DEMO_DIR) or {}).get("complete")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not made:
         print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
         print(f"on {write_demo_shards(DEMO_DIR)['dataset']}")
 
@@ -230,7 +246,7 @@ def check_tokenizer(name, enc, shards):
     if tokenizer_state(enc) != tokenizer_state(shards.enc):
         sys.exit(
             f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
-            f"{shards.enc.name} ({shards.enc.n_vocab}): make shards with --tokenizer={enc.name}"
+            f"{shards.enc.name} ({shards.enc.n_vocab}): make shards with the model's own"
         )
 
 
@@ -270,9 +286,8 @@ def main(given):
         say(f"{ckpt} on {data_dir}, context {context}:")
         say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
         return
-    if total_batch_size % (B * T * world_size):
-        sys.exit(indivisible_batch(world_size))
-    order = TrainOrder(shards, T, seed, say)
+    fit_micro_batch(world_size, given, say)
+    order = TrainOrder(shards, T, seed)
     sequences = total_batch_size // T  # in a step
     grad_accum_steps = sequences // (B * world_size)
 
@@ -298,12 +313,14 @@ def main(given):
     if saved:
         check_resumption(log_dir, saved, shards, None if "dtype" in given else str(precision))
         start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
-        first_sequence, exposed = -(-saved["tokens"] // T), saved["exposed"]
+        first_sequence, exposed = -(-saved["tokens"] // T), -(-saved["exposed"] // T)
         restore_optimizer(log_dir, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         say(f"resuming {log_dir} at step {start_step}{changes(saved, given)}")
+    if not all_agree(start_step == from_rank_0(start_step, where), where):
+        sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
     model = torch.compile(raw_model) if pick_compile(compile, where) else raw_model
     train_model = model
     if world_size > 1:
@@ -325,7 +342,7 @@ def main(given):
         hellaswag_items = load_eval_items("HellaSwag", load, where, say)
     if ewok_every:
         ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
-    log = LogDir(log_dir, saved) if master else None
+    log = LogDir(log_dir, saved, resume) if master else None
     record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
     if master and not saved:
@@ -351,8 +368,8 @@ def main(given):
     def asked_to_stop():
         return not all_agree(not stop_requests, where)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, request_stop)
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), request_stop)
     stopping, save_now = False, False
     waiting = not all_agree(shards.complete, where)  # for shards that fineweb.py has yet to write
     if waiting:
@@ -364,11 +381,15 @@ def main(given):
         sequence = first_sequence + (step - start_step) * sequences  # the first of this step
         abandoned = False
         if waiting and not stopping and step < max_steps:
-            # Together, before the step: a rank must not sleep while the others wait for it in a collective.
-            last = sequence + sequences - 1
-            found = order.wait_for(last, stopped=lambda: stop_requests, timeout=60 * data_timeout)
-            stopping = not all_agree(found, where)
-            abandoned = stopping and not asked_to_stop()
+            last, told = sequence + sequences - 1, False
+            while not (all_agree(order.has(last), where) or stopping):  # together, so that none waits alone
+                if not told:
+                    say(f"waiting for fineweb.py to write training shard {len(shards.train) + 1}")
+                told = True
+                time.sleep(5)
+                stopping = asked_to_stop()
+                abandoned = not stopping and not all_agree(order.silence() < 60 * data_timeout, where)
+                stopping = stopping or abandoned
             waiting = not all_agree(shards.complete, where)
         val_loss = None  # of this step, if it is measured
 
@@ -423,7 +444,7 @@ def main(given):
                     "step": step,
                     "evaluated_step": evaluated_step,
                     "tokens": sequence * T,
-                    "exposed": exposed,
+                    "exposed": exposed * T,
                     "bad_steps": bad_steps,
                     "data": shard_sizes(shards),
                     "settings": settings,
@@ -495,7 +516,8 @@ def main(given):
         if bad:
             more["skipped"] = list(order.exposure(sequence, seen))
             data = ", ".join(
-                f"epoch {r['epoch']} {r['shard']} tokens {r['tokens'][0][0]} to {r['tokens'][-1][1]}"
+                f"epoch {r['epoch']} {r['shard']} tokens {r['tokens'][0][0]} to {r['tokens'][-1][1]} "
+                f"({len(r['tokens'])} ranges, in metrics.jsonl)"
                 for r in more["skipped"]
             )
             say(f"step {step:5d} | not finite: no update, {bad_steps} in a row; the data: {data}")
@@ -510,13 +532,13 @@ def main(given):
 
 def explain(e):
     """The line for an error that is no fault of the code, None for others."""
-    if isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "memory" in str(e)):
+    if isinstance(e, RuntimeError) and re.search("out of memory|can't allocate|not enough memory", str(e)):
         hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
         return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
     if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
-        return f"process {os.environ.get('RANK')} ends, since another one has ended"
+        return f"process {os.environ.get('RANK')} lost the others: {str(e).splitlines()[0]}"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-        return f"--log_dir={log_dir}: {e.strerror}; what was saved before is whole: mend it, then --resume"
+        return f"{e.filename or log_dir}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
 
 if __name__ == "__main__":
@@ -528,6 +550,8 @@ if __name__ == "__main__":
             if not line:
                 raise
             sys.exit(line)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except SystemExit as e:
         if e.code and int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

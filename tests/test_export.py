@@ -156,6 +156,18 @@ def test_mistakes(run, checkpoint, tmp_path, own):
         assert "\n" not in e.value.code
 
 
+def test_which_tokenizer_a_folder_has(run, tmp_path, gpt2):
+    """With vocab.json alone, as older versions of transformers save it: GPT-2's, or none that is known."""
+    hf_model("padded").save_pretrained(tmp_path / "old")
+    characters = tokenizer_module.byte_characters()
+    vocab = {"".join(characters[b] for b in token): i for token, i in gpt2._mergeable_ranks.items()}
+    (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocab))
+    assert load_model(str(tmp_path / "old"))[1] is gpt2
+    (tmp_path / "old" / "vocab.json").write_text(json.dumps({token: 50255 - i for token, i in vocab.items()}))
+    with pytest.raises(SystemExit, match=r"vocab\.json: not GPT-2's vocabulary; save the tokenizer as"):
+        load_model(str(tmp_path / "old"))
+
+
 def test_a_tokenizer_that_cannot_be_exported(run, checkpoint, tmp_path, own):
     """$ is the end of the text to tiktoken's engine, the end of a line to that of Hugging Face's tokenizers."""
     state = tokenizer_state(own) | {"name": "strange", "pat_str": r"[^\n]+$|\n|[^\n]"}
@@ -251,10 +263,20 @@ def test_mistakes_in_training(run, tmp_path, monkeypatch):
 
 def test_other_tokenizers_of_hugging_face_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    split = {"type": "Split", "pattern": {"String": " "}}
+    good = {"added_tokens": [{"content": EOT, "id": 1}], "pre_tokenizer": byte_level}
+    good |= {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    path.write_text(json.dumps(good))
+    assert tokenizer_module.load_hugging_face(str(path)).encode_ordinary("aa") == [0, 0]
     for state in (
         {},
         {"model": {"type": "Unigram"}},
-        {"model": {"type": "BPE"}, "normalizer": {"type": "NFC"}},
+        good | {"normalizer": {"type": "NFC"}},
+        good | {"pre_tokenizer": None},
+        good | {"pre_tokenizer": byte_level | {"add_prefix_space": True}},
+        good | {"pre_tokenizer": {"pretokenizers": [split, byte_level]}},
+        good | {"model": {"type": "BPE", "vocab": {"a": 0, "aaa": 2, "aa": 3}, "merges": ["a a", "aa a"]}},
     ):
         path.write_text(json.dumps(state))
         with pytest.raises(SystemExit, match=r"tokenizer\.json: not a byte-level BPE that can be read"):

@@ -142,7 +142,7 @@ def test_mistakes(run, tmp_path, monkeypatch):
         (["--logs=empty"], r"empty/log\.txt: is empty"),
         (["--logs="], r"--logs=: expected 1 to 6 folders"),
         (["--x=days"], r"--x=days: choose step, tokens or hours"),
-        (["--logs=bare", "--x=tokens"], r"--x=tokens: choose step, or, for logs with a metrics\.jsonl"),
+        (["--logs=bare", "--x=tokens"], r"--x=tokens: choose step; tokens and hours are for logs with"),
         (["--what=wte"], r"--what=wte: choose run or wpe"),
         (["--out=gone/x.png"], r"--out=gone/x\.png: cannot write this picture"),
     ):

@@ -1,6 +1,7 @@
 """The shard format and the order of the data, against brute force."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -165,17 +166,48 @@ def test_waits_for_a_writer(tmp_path):
 
     writer = ShardWriter(str(tmp_path / "part"), "x", ENC, 200, {})
     writer.add(stream[:400])
-    said = []
-
-    def say(line):
-        said.append(line)
-        writer.add(stream[400:])
-        writer.close()
-
-    order = TrainOrder(Shards(str(tmp_path / "part")), 16, 3, say=say, poll_seconds=0)
-    assert order.wait_for(len(expected) - 1)
+    order = TrainOrder(Shards(str(tmp_path / "part")), 16, 3)
+    assert order.has(order.per_epoch - 1) and not order.has(order.per_epoch)
+    assert [order.locate(n) for n in range(order.per_epoch)] == expected[: order.per_epoch]
+    writer.add(stream[400:])
+    writer.close()
+    assert order.has(len(expected)), "complete: there is a next epoch"
     assert [order.locate(n) for n in range(len(expected))] == expected
-    assert said == ["waiting for fineweb.py to write training shard 2"]
+
+
+def test_a_writer_that_goes_silent(tmp_path, monkeypatch):
+    write(tmp_path, [np.arange(1000) % 256], 200)
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    order = TrainOrder(Shards(str(tmp_path)), 16, 0)
+    order.silence()
+    clock[0] = 50
+    assert order.silence() == 50
+    os.utime(tmp_path / "meta.json")
+    assert order.silence() == 0
+    clock[0] = 70
+    assert order.silence() == 20
+
+
+def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, monkeypatch):
+    """Between one and two shards, validation is the end of the text and is written first."""
+    stream = [256, *range(189)]
+    write(tmp_path / "whole", [stream], 100)
+    written = ShardWriter._write_shard
+    for n in (0, 1, 2):
+
+        def die(self, tokens, n=n):
+            if len(self.meta["shards"]) == n:
+                raise OSError(28, "No space left on device")
+            written(self, tokens)
+
+        monkeypatch.setattr(ShardWriter, "_write_shard", die)
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path / f"died{n}", [stream], 100)
+        monkeypatch.setattr(ShardWriter, "_write_shard", written)
+        write(tmp_path / f"died{n}", [stream], 100)
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (tmp_path / f"died{n}" / path.name).read_bytes()
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):
