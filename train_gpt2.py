@@ -536,7 +536,7 @@ def explain(e):
         hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
         return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
     if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
-        return f"process {os.environ.get('RANK')} lost the others: {str(e).splitlines()[0]}"
+        return f"process {os.environ.get('RANK')} lost the others: {str(e).partition(chr(10))[0]}"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return f"{e.filename or log_dir}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
