@@ -239,4 +239,7 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

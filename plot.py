@@ -26,7 +26,8 @@ x = "step"  # the horizontal axis: step, tokens or hours
 what = "run"  # run or wpe
 ckpt = "latest"  # of --what=wpe: latest (in the folder), a .pt file, gpt2 ... gpt2-xl, a Hugging Face folder
 
-GPT2_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.2946, 0.337
+GPT2_LOSS = 3.2924
+HELLASWAG = ((0.2946, "GPT-2 124M"), (0.337, "GPT-3 124M"))
 COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 
 
@@ -176,39 +177,19 @@ def applies(runs, what):
     return tokens and (what != "dataset" or all(about.get("dataset") == "fineweb-edu" for _, _, about in runs))
 
 
-def draw_hellaswag(ax, runs):
-    for (name, run, _), color in zip(runs, COLORS, strict=False):
-        if "hella" in run:
-            ax.plot(
-                axis(run, "hella"),
-                run["hella"]["value"],
-                color=color,
-                marker="o",
-                markersize=3,
-                label=name,
-            )
-    baseline(ax, 0.25, "chance", right=True)
-    if applies(runs, "tokens"):
-        baseline(ax, GPT2_HELLASWAG, "GPT-2 124M")
-        baseline(ax, GPT3_HELLASWAG, "GPT-3 124M")
-    ax.margins(y=0.12)
-    ax.set(title="HellaSwag", ylabel="acc_norm")
+def draw_eval(kind, title, ylabel, chance, published=()):
+    def draw(ax, runs):
+        for (name, run, _), color in zip(runs, COLORS, strict=False):
+            if kind in run:
+                ax.plot(axis(run, kind), run[kind]["value"], "o-", color=color, markersize=3, label=name)
+        baseline(ax, chance, "chance", right=True)
+        if applies(runs, "tokens"):
+            for y, name in published:
+                baseline(ax, y, name)
+        ax.margins(y=0.12)
+        ax.set(title=title, ylabel=ylabel)
 
-
-def draw_ewok(ax, runs):
-    for (name, run, _), color in zip(runs, COLORS, strict=False):
-        if "ewok" in run:
-            ax.plot(
-                axis(run, "ewok"),
-                run["ewok"]["value"],
-                color=color,
-                marker="o",
-                markersize=3,
-                label=name,
-            )
-    baseline(ax, 0.5, "chance", right=True)
-    ax.margins(y=0.12)
-    ax.set(title="EWoK", ylabel="context score")
+    return draw
 
 
 def domains(runs):
@@ -281,8 +262,8 @@ def draw_run():
 
     panels = [
         (has("train") or has("val"), draw_loss),
-        (has("hella"), draw_hellaswag),
-        (has("ewok"), draw_ewok),
+        (has("hella"), draw_eval("hella", "HellaSwag", "acc_norm", 0.25, HELLASWAG)),
+        (has("ewok"), draw_eval("ewok", "EWoK", "context score", 0.5)),
         (bool(domains(runs)), draw_domains),
         (has("train", "lr"), draw_train("lr", "learning rate", "AdamW's lr")),
         (has("train", "grad_norm"), draw_train("grad_norm", "gradient norm", "norm before clipping", log=True)),
