@@ -136,6 +136,12 @@ def print_help(module, settings):
         print(f"  {shown[name]:<{width}}  {comment}".rstrip())
 
 
+def hide_interrupt(kind, error, traceback):
+    """What Python calls for an exception that nobody handled: Ctrl-C ends a script without a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+
+
 def configure(module, presets=None):
     """Set the settings in `module`, a script's globals(), from sys.argv.
 
@@ -148,6 +154,7 @@ def configure(module, presets=None):
         print_help(module, settings)
         sys.exit(0)
     given = parse_command_line(sys.argv[1:], settings)
+    sys.excepthook = hide_interrupt
     module.update(presets(given) if presets else {})
     module.update(given)
     return given

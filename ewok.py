@@ -239,7 +239,4 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -53,6 +53,7 @@ TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 
 
 def fetch(url, path, timeout):
+    """One try of download()."""
     with requests.get(url, stream=True, timeout=timeout) as r:
         r.raise_for_status()
         total = int(r.headers.get("content-length", 0)) or None
@@ -70,14 +71,14 @@ def download(url, path, timeout=30, tries=3):
 
     What may be a hiccup of the network or the server is tried again, after 1, 2, 4, ... seconds.
     """
-    for wait in (2**i for i in range(tries)):
+    for failures in range(tries):
         try:
             return fetch(url, path, timeout)
         except requests.RequestException as e:
             refused = e.response is not None and e.response.status_code < 500
-            if refused or wait == 2 ** (tries - 1):
+            if refused or failures == tries - 1:
                 raise
-            time.sleep(wait)
+            time.sleep(2**failures)
 
 
 def read_text(path):

@@ -27,12 +27,13 @@ RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_steps max_lr min_lr weight_decay
     beta1 beta2 grad_clip dtype""".split()
 
-
+# What the trainer puts into resume.pt; save() adds the list of checkpoints.
 RESUME_KEYS = """step evaluated_step tokens exposed bad_steps data settings defaults precision optimizer scaler
     rng""".split()
 
 
 def model_path(log_dir, step):
+    """The file of the model after so many updates."""
     return os.path.join(log_dir, f"model_{step:05d}.pt")
 
 
@@ -108,11 +109,11 @@ def restore_optimizer(log_dir, optimizer, state):
 def check_finite(log_dir, step, parameters):
     """Exit if a parameter is not finite, so that a broken model never takes the place of a good one."""
     if not all(p.isfinite().all() for p in parameters):
-        good = newest_checkpoint(log_dir)
-        sys.exit(f"step {step}: the weights are no longer finite; nothing saved, {good}")
+        sys.exit(f"step {step}: the weights are no longer finite; nothing saved, {last_good(log_dir)}")
 
 
-def newest_checkpoint(log_dir):
+def last_good(log_dir):
+    """Words for the end of an error: which checkpoint there is to go back to."""
     steps = checkpoint_steps(log_dir)
     return (
         f"the last good checkpoint is {model_path(log_dir, max(steps))}" if steps else "there is no checkpoint"
@@ -120,6 +121,7 @@ def newest_checkpoint(log_dir):
 
 
 def checkpoint_steps(log_dir):
+    """The steps of the models in the folder, in no order."""
     names = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))]
     return [int(match[1]) for match in (re.fullmatch(r"model_(\d+)\.pt", name) for name in names) if match]
 

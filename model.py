@@ -367,9 +367,8 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """
     if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
         model = GPT.from_pretrained(ckpt)
-        enc = (
-            load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(ckpt, model.config.vocab_size)
-        )
+        vocab_size = model.config.vocab_size
+        enc = load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(ckpt, vocab_size)
     else:
         path = find_checkpoint(ckpt, log_dir)
         state = load_checkpoint(path)

@@ -100,6 +100,7 @@ def smooth(values, window):
 
 
 def pyplot():
+    """matplotlib.pyplot, in this project's style; exits if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -139,6 +140,7 @@ def baseline(ax, y, name, right=False):
 
 
 def draw_loss(ax, runs):
+    """Training and validation loss of runs: [(name, run, about)], as read_run has them."""
     highs, lows = [], []
     for (name, run, _), color in zip(runs, COLORS, strict=False):
         for kind in ("train", "val"):
@@ -162,7 +164,7 @@ def draw_loss(ax, runs):
                 # The first steps fall from ln(vocabulary): they would press the rest flat.
                 highs.append(line[min(max(1, len(line) // 20), 500, len(line) - 1)])
                 lows.append(line.min())
-    if applies(runs, "dataset"):
+    if of_gpt2(runs) and all(about.get("dataset") == "fineweb-edu" for _, _, about in runs):
         baseline(ax, GPT2_LOSS, "GPT-2 124M val", right=True)
         lows.append(GPT2_LOSS)
     if highs:
@@ -171,21 +173,22 @@ def draw_loss(ax, runs):
     ax.set(title="loss", ylabel="nats a token")
 
 
-def applies(runs, what):
-    """Whether the published numbers of GPT-2 may stand beside all of these runs."""
-    tokens = all(about.get("tokenizer") == "gpt2" for _, _, about in runs)
-    return tokens and (what != "dataset" or all(about.get("dataset") == "fineweb-edu" for _, _, about in runs))
+def of_gpt2(runs):
+    """Whether all runs have GPT-2's tokens, so that the published numbers may stand beside them."""
+    return all(about.get("tokenizer") == "gpt2" for _, _, about in runs)
 
 
 def draw_eval(kind, title, ylabel, chance, published=()):
+    """A function that draws the scores of an eval; published: (score, name) of models to compare with."""
+
     def draw(ax, runs):
         for (name, run, _), color in zip(runs, COLORS, strict=False):
             if kind in run:
                 ax.plot(axis(run, kind), run[kind]["value"], "o-", color=color, markersize=3, label=name)
         baseline(ax, chance, "chance", right=True)
-        if applies(runs, "tokens"):
-            for y, name in published:
-                baseline(ax, y, name)
+        if of_gpt2(runs):
+            for score, model in published:
+                baseline(ax, score, model)
         ax.margins(y=0.12)
         ax.set(title=title, ylabel=ylabel)
 
@@ -193,14 +196,9 @@ def draw_eval(kind, title, ylabel, chance, published=()):
 
 
 def domains(runs):
-    return sorted(
-        {
-            d
-            for _, run, _ in runs
-            for row in run.get("ewok", {}).get("rows", [])
-            for d in row.get("by_Domain", {})
-        }
-    )
+    """The names of the EWoK domains that any record of the runs has."""
+    rows = [row for _, run, _ in runs for row in run.get("ewok", {}).get("rows", [])]
+    return sorted({domain for row in rows for domain in row.get("by_Domain", {})})
 
 
 def draw_domains(ax, runs):
@@ -224,6 +222,8 @@ def draw_domains(ax, runs):
 
 
 def draw_train(key, title, ylabel, scale=1.0, log=False):
+    """A function that draws one quantity of the training steps, times scale."""
+
     def draw(ax, runs):
         for (name, run, _), color in zip(runs, COLORS, strict=False):
             if key in run.get("train", {}):

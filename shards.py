@@ -58,6 +58,7 @@ def lock_folder(folder):
 
 
 def token_dtype(enc):
+    """The smallest type of NumPy that shards of this vocabulary fit."""
     return np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32
 
 
@@ -90,8 +91,10 @@ class ShardWriter:
             "complete": False,
             "shards": [],
         }
-        self.start, self.seen, self.again = None, 0, 0  # again: tokens of the stream that are in shards already
-        self.state, self.alive_at = None, 0.0
+        self.seen, self.state = 0, None  # tokens taken from the stream, and where its source is behind them
+        self.start = None  # the state to go on from
+        self.again = 0  # tokens still to come that are in shards already
+        self.alive_at = 0.0  # when meta.json was last touched
         if has_shards(out_dir):
             self._continue()
 
@@ -210,6 +213,7 @@ class ShardWriter:
 
 
 def has_shards(data_dir):
+    """Whether the folder is there and holds a .npy file."""
     return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
 
 

@@ -144,6 +144,8 @@ def load_hugging_face(path):
             or steps[0].get("invert")
         ):
             raise ValueError("it changes the text, or leaves some of it out")
+        if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True) and len(ranks) > 256:
+            raise ValueError("it does not cut text into pieces before it merges")
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
         order = [state["model"]["vocab"][a + b] for a, b in pairs]
         if order != sorted(order):
@@ -152,8 +154,6 @@ def load_hugging_face(path):
         sys.exit(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})")
     if ranks == {bytes([b]): b for b in range(256)}:
         return load_tokenizer("bytes")
-    if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True):
-        sys.exit(f"{path}: a BPE that does not cut text into pieces first cannot be read")
     if pat_str == PATTERNS["gpt2"] and len(ranks) == 50256:
         gpt2 = load_tokenizer("gpt2")
         if ranks == gpt2._mergeable_ranks:
@@ -201,9 +201,9 @@ def train(texts, vocab_size, pat_str):
 
 
 def bytes_per_token(enc, texts):
-    return sum(len(text.encode(errors="replace")) for text in texts) / sum(
-        len(enc.encode_ordinary(text)) for text in texts
-    )
+    """UTF-8 bytes of the texts over their tokens: the higher, the better enc compresses them."""
+    size = sum(len(text.encode(errors="replace")) for text in texts)
+    return size / sum(len(enc.encode_ordinary(text)) for text in texts)
 
 
 def main():

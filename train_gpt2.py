@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import ewok
 import hellaswag
+import logdir
 from configurator import configure, current_settings, read_settings
 from device import (
     all_agree,
@@ -45,19 +46,6 @@ from device import (
     start_processes,
 )
 from fineweb import write_demo_shards
-from logdir import (
-    LEARNING,
-    LogDir,
-    changes,
-    check_finite,
-    check_resumption,
-    load_resume,
-    model_path,
-    newest_checkpoint,
-    restore_optimizer,
-    resumed_settings,
-    shard_sizes,
-)
 from model import GPT, GPTConfig, load_model, stream_text
 from shards import Shards, TrainOrder, has_shards, read_meta, read_windows, val_windows
 from tokenizer import token_byte_lengths, tokenizer_state
@@ -131,9 +119,9 @@ def default_settings(given):
     name = given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
-    saved = load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
+    saved = logdir.load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
     if saved:
-        return resumed_settings(saved, given, file_settings)
+        return logdir.resumed_settings(saved, given, file_settings)
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
@@ -149,6 +137,7 @@ def file_settings(name):
 
 
 def get_lr(step):
+    """The learning rate of a step: linear warmup, then a cosine to min_lr."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     if step >= max_steps:
@@ -223,6 +212,7 @@ def fit_micro_batch(world_size, given, say):
 
 
 def make_demo_data():
+    """Shards to train on where there are none; a run that goes on, or an evaluation, keeps those it has."""
     made = (resume or eval_only) and (read_meta(DEMO_DIR) or {}).get("complete")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not made:
         print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
@@ -243,6 +233,7 @@ def load_eval_items(name, load, where, say):
 
 
 def check_tokenizer(name, enc, shards):
+    """Exit if the tokenizer enc of the model `name` is not that of the shards."""
     if tokenizer_state(enc) != tokenizer_state(shards.enc):
         sys.exit(
             f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
@@ -293,8 +284,8 @@ def main(given):
 
     # Model and optimizer: of the run to resume, around given weights, or fresh
     torch.manual_seed(seed)
-    saved = load_resume(log_dir) if resume else None
-    source = model_path(log_dir, saved["step"]) if saved else init_from
+    saved = logdir.load_resume(log_dir) if resume else None
+    source = logdir.model_path(log_dir, saved["step"]) if saved else init_from
     if source:
         raw_model, enc = load_model(source, where, log_dir)
         check_tokenizer(source, enc, shards)
@@ -311,14 +302,14 @@ def main(given):
     exposed = 0  # sequences in exposure.jsonl
     bad_steps = 0  # in a row, whose loss or gradient was not finite
     if saved:
-        check_resumption(log_dir, saved, shards, None if "dtype" in given else str(precision))
+        logdir.check_resumption(log_dir, saved, shards, None if "dtype" in given else str(precision))
         start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
         first_sequence, exposed = -(-saved["tokens"] // T), -(-saved["exposed"] // T)
-        restore_optimizer(log_dir, optimizer, saved["optimizer"])
+        logdir.restore_optimizer(log_dir, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        say(f"resuming {log_dir} at step {start_step}{changes(saved, given)}")
+        say(f"resuming {log_dir} at step {start_step}{logdir.changes(saved, given)}")
     if not all_agree(start_step == from_rank_0(start_step, where), where):
         sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
     model = torch.compile(raw_model) if pick_compile(compile, where) else raw_model
@@ -342,12 +333,12 @@ def main(given):
         hellaswag_items = load_eval_items("HellaSwag", load, where, say)
     if ewok_every:
         ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
-    log = LogDir(log_dir, saved, resume) if master else None
+    log = logdir.LogDir(log_dir, saved, resume) if master else None
     record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
     if master and not saved:
         about = {"tokenizer": enc.name, "dataset": shards.dataset, "parameters": raw_model.num_params()}
-        log.note(0, "run", **about, settings={key: settings[key] for key in LEARNING})
+        log.note(0, "run", **about, settings={key: settings[key] for key in logdir.LEARNING})
     last_save, saved_at = (start_step, evaluated_step) if saved else None, time.monotonic()
     del saved
 
@@ -368,8 +359,8 @@ def main(given):
     def asked_to_stop():
         return not all_agree(not stop_requests, where)
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), request_stop)
+    for signal_name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, signal_name), request_stop)
     stopping, save_now = False, False
     waiting = not all_agree(shards.complete, where)  # for shards that fineweb.py has yet to write
     if waiting:
@@ -430,7 +421,7 @@ def main(given):
         # Save what the next process needs to go on as if nothing had happened
         save_now = save_now or stopping or step == max_steps or (step and due(save_every, step))
         if save_now and (step, evaluated_step) != last_save:
-            check_finite(log_dir, step, raw_model.parameters())
+            logdir.check_finite(log_dir, step, raw_model.parameters())
             if master:
                 model_state = {
                     "model": raw_model.state_dict(),
@@ -446,7 +437,7 @@ def main(given):
                     "tokens": sequence * T,
                     "exposed": exposed * T,
                     "bad_steps": bad_steps,
-                    "data": shard_sizes(shards),
+                    "data": logdir.shard_sizes(shards),
                     "settings": settings,
                     "defaults": file_settings(preset),
                     "precision": str(precision),
@@ -465,11 +456,10 @@ def main(given):
                     f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved: start "
                     f"fineweb.py again, then {resume_command(world_size)}"
                 )
-            say(
-                f"stopped; go on with: {resume_command(world_size)}"
-                if stopping
-                else f"done; see what it writes: python sample.py --log_dir={log_dir}"
-            )
+            if stopping:
+                say(f"stopped; go on with: {resume_command(world_size)}")
+            else:
+                say(f"done; see what it writes: python sample.py --log_dir={log_dir}")
             break
 
         # The update: forward and backward for each micro-batch, then one step of AdamW
@@ -526,7 +516,7 @@ def main(given):
         if bad_steps >= max_bad_steps:
             sys.exit(
                 f"step {step}: {bad_steps} steps in a row were not finite, the last on {data}; "
-                f"{newest_checkpoint(log_dir)}; try a lower --max_lr, or other data with --seed="
+                f"{logdir.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
             )
 
 
@@ -550,8 +540,6 @@ if __name__ == "__main__":
             if not line:
                 raise
             sys.exit(line)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except SystemExit as e:
         if e.code and int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -65,6 +65,14 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+def command(script, *args, nproc=1, options=()):
+    """What starts a script in a process of its own, or in nproc of torchrun, with torchrun's options."""
+    start = [sys.executable]
+    if nproc > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *options]
+    return [*start, str(ROOT / script), *args]
+
+
 @pytest.fixture
 def spawn(tmp_path):
     """spawn("train_gpt2.py", ..., nproc=2): run a script in processes of its own, in tmp_path.
@@ -73,11 +81,8 @@ def spawn(tmp_path):
     """
 
     def call(script, *args, nproc=1, cwd=tmp_path):
-        start = [sys.executable]
-        if nproc > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         return subprocess.run(
-            [*start, str(ROOT / script), *args], cwd=cwd, capture_output=True, text=True, timeout=180
+            command(script, *args, nproc=nproc), cwd=cwd, capture_output=True, text=True, timeout=180
         )
 
     return call

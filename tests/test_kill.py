@@ -10,13 +10,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TEXT, read_log
+from conftest import TEXT, command, read_log
 from model import load_checkpoint
 from test_train import assert_same_run
 
@@ -45,12 +44,10 @@ def kill_all(process):
     process.wait()
 
 
-def start(folder, script, *args, nproc=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    out = open(folder / "out.txt", "a")
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / script), *args], cwd=folder, stdout=out, stderr=out
-    )
+def start(folder, *args, **kwargs):
+    """Start a script, as conftest.command has it; its output goes to out.txt."""
+    with open(folder / "out.txt", "a") as out:
+        return subprocess.Popen(command(*args, **kwargs), cwd=folder, stdout=out, stderr=out)
 
 
 def finish(folder, *args, **kwargs):
@@ -132,10 +129,7 @@ def test_a_killed_rank_is_restarted(shards, tmp_path):
     """torchrun --max-restarts: one of two ranks is killed, twice; the run ends as if it never was."""
     args = [*RUN, "--dtype=float32", "--max_steps=150"]
     finish(tmp_path, "train_gpt2.py", *args, "--log_dir=untouched", nproc=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=3", str(ROOT / "train_gpt2.py"), *args]
-    with open(tmp_path / "out.txt", "a") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out)
+    process = start(tmp_path, "train_gpt2.py", *args, nproc=2, options=["--max-restarts=3"])
     for rank in (1, 0):
         before = logged(tmp_path / "log")
         deadline = time.monotonic() + 60
