@@ -81,6 +81,41 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of logits x @ weight.T, some rows at a time; the logits are never whole.
+
+    In whole they are the largest tensors of a small model, several times over. Each part's gradients are
+    worked out while its logits are there, as in Liger Kernel (https://arxiv.org/abs/2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+        """x (N, C), weight (rows, C), targets (N,), -1 for none -> a scalar, nats, float32."""
+        size = 512 if x.device.type == "cpu" else 8192
+        w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
+        loss = torch.zeros((), device=x.device)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
+        for i in range(0, len(x), size):
+            part = slice(i, i + size)
+            logits = x[part] @ w.t()
+            logits[:, vocab_size:] = -math.inf  # the rows that pad the vocabulary
+            target = targets[part, None].clamp(min=0)
+            p = logits.log_softmax(dim=-1, dtype=torch.float32)
+            loss -= (p.gather(1, target) * keep[part]).sum()
+            if with_gradients:  # of the sum over rows: softmax minus one-hot
+                p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
+                dx[part] = (p @ w) * keep[part]
+                dw += p.t() @ (x[part] * keep[part])
+        count = keep.sum()
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        return dx * (grad / count), dw * (grad / count), None, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -137,10 +172,14 @@ class GPT(nn.Module):
 
         The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32).
         """
-        logits = self.logits(self.hidden(idx))
+        x = self.hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.logits(x)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        rows = (x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return LinearCrossEntropy.apply(*rows, self.config.vocab_size, torch.is_grad_enabled())
 
     def num_params(self):
         """Number of parameters, without the rows that only pad the vocabulary."""
