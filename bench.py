@@ -1,0 +1,519 @@
+"""How fast is it on this machine, against what you could use instead.
+
+    python bench.py                                          # everything, against what is installed
+    python bench.py --what=train,sample --rounds=7
+    python bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt    # clones of theirs, as they are
+
+Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work, and
+takes turns with ours: a ratio is between medians of the same minutes, after two warm-ups. transformers and
+lm_eval take part if they are installed. What the machine can do is measured as well: FLOP/s of a large matrix
+product, bytes/s of a copy (read and written), tokens/s of tiktoken on one core.
+"""
+
+import ast
+import contextlib
+import functools
+import glob
+import io
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import types
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import fineweb
+import hellaswag
+import sample
+from configurator import configure
+from device import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
+from model import GPT, GPTConfig, score_completions
+from shards import Shards, TrainOrder
+from tokenizer import load_tokenizer
+
+# -- settings: override any with --key=value --------------------------------------
+what = "train,sample,score,tokenize,load,start"  # which parts
+against = ""  # only contenders with one of these words in their names, such as transformers,limit; empty: all
+rounds = 5  # turns that each contender takes
+nanogpt = ""  # a clone of github.com/karpathy/nanoGPT, to run its model as well
+build_nanogpt = ""  # a clone of github.com/karpathy/build-nanogpt, likewise
+n_layer = 12  # of the model
+n_head = 12
+n_embd = 768
+B = 4  # micro-batch of a training step
+T = 1024  # its context
+max_new_tokens = 256  # of a sample
+items = 32  # HellaSwag items to score
+hellaswag_data = ""  # its .jsonl file; empty: made-up items of about such lengths
+data = ""  # texts to tokenize, a file or folder as fineweb.py reads it; empty: Python's own source
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
+compile = "auto"  # torch.compile of our training step: true, false, or auto, which is true on CUDA
+scratch = ""  # a folder to work in; empty: a temporary one
+worker = ""  # bench.py starts itself with this, for each contender
+
+VOCAB = 50257
+
+
+def new_model():
+    """Our model with the weights that every contender has."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(1024, VOCAB, n_layer, n_head, n_embd))
+
+
+# -- the contenders: functions that return (repeat, the units of work that a call of it does) -----------------
+
+
+def training(model, loss, optimizer, autocast):
+    """Steps of a model on random tokens: loss(x, y) is its loss."""
+    x, y = torch.randint(VOCAB, (2, B, T), device=device)
+    model.train()
+
+    def repeat():
+        with autocast:
+            value = loss(x, y)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return repeat, B * T
+
+
+def train_ours():
+    keep_freed_memory()
+    model = new_model().to(device)
+    forward = torch.compile(model) if pick_compile(compile, device) else model
+    return training(model, forward, model.configure_optimizers(0.1, 6e-4), pick_autocast(dtype, device))
+
+
+def train_transformers(compiled=False):
+    model = transformers_model(torch.float32)
+    forward = torch.compile(model) if compiled else model
+
+    def loss(x, y):
+        return F.cross_entropy(forward(input_ids=x).logits.float().flatten(0, 1), y.flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
+    return training(model, loss, optimizer, pick_autocast(dtype, device))
+
+
+def train_nanogpt():
+    """On GPUs nanoGPT trains in bfloat16 and compiles; its README's way on a CPU is float32, not compiled."""
+    theirs = definitions(os.path.join(nanogpt, "model.py"))
+    config = theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    model = theirs.GPT(config).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
+    on_gpu = device.startswith("cuda")
+    forward = torch.compile(model) if on_gpu else model
+    autocast = pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
+    return training(model, lambda x, y: forward(x, y)[1], optimizer, autocast)
+
+
+def train_build_nanogpt():
+    """build-nanogpt trains in bfloat16 everywhere, and does not compile."""
+    theirs = definitions(os.path.join(build_nanogpt, "train_gpt2.py"), master_process=False)
+    model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd)).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, device.split(":")[0])
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16)
+    return training(model, lambda x, y: model(x, y)[1], optimizer, autocast)
+
+
+def drain(tokens):
+    for _ in tokens:
+        pass
+
+
+def sample_ours(num_samples=1):
+    model = sample.ready(new_model().to(device), pick_dtype(dtype, device))
+    idx = torch.arange(16, device=device)[None]
+    repeat = lambda: drain(model.generate(idx, max_new_tokens, num_samples, temperature=0.8, top_k=200))  # noqa: E731
+    return repeat, max_new_tokens * num_samples
+
+
+def sample_transformers(precision=None):
+    model = transformers_model(precision or pick_dtype(dtype, device)).eval()
+    idx = torch.arange(16, device=model.device)[None]
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": VOCAB - 1, "eos_token_id": None}
+
+    def repeat():
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **how)
+        assert out.size(1) == 16 + max_new_tokens
+
+    return repeat, max_new_tokens
+
+
+def sample_without_cache():
+    """A loop as nanoGPT's and build-nanogpt's: all tokens through the model again for each new one."""
+    model = new_model().to(device, pick_dtype(dtype, device)).eval()
+
+    @torch.no_grad()
+    def repeat():
+        idx = torch.arange(16, device=device)[None]
+        for _ in range(max_new_tokens):
+            logits = model.logits(model.hidden(idx)[:, -1]).float() / 0.8
+            kth = logits.topk(200).values[:, -1:]
+            probs = logits.masked_fill(logits < kth, -torch.inf).softmax(-1)
+            idx = torch.cat((idx, torch.multinomial(probs, 1)), dim=1)
+
+    return repeat, max_new_tokens
+
+
+def sample_nanogpt():
+    """nanoGPT's generate; on a CPU in float32, as its sample.py runs it there."""
+    theirs = definitions(os.path.join(nanogpt, "model.py"))
+    model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=True))
+    model.to(device).eval()
+    idx = torch.arange(16, device=device)[None]
+    autocast = pick_autocast(dtype, device) if device.startswith("cuda") else contextlib.nullcontext()
+
+    def repeat():
+        with torch.no_grad(), autocast:
+            model.generate(idx, max_new_tokens, temperature=0.8, top_k=200)
+
+    return repeat, max_new_tokens
+
+
+@functools.cache
+def score_pairs():
+    """(context, ending) lists of token ids, four of each item: of HellaSwag, or of its lengths and random."""
+    if hellaswag_data:
+        enc = load_tokenizer("gpt2")
+        found = hellaswag.load_items(hellaswag_data, limit=items)
+        return [pair for item in found for pair in hellaswag.completion_style(item, enc)[0]]
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(items):
+        context = rng.integers(VOCAB, size=rng.integers(15, 90)).tolist()
+        pairs += [(context, rng.integers(VOCAB, size=rng.integers(10, 40)).tolist()) for _ in range(4)]
+    return pairs
+
+
+def score_ours():
+    model, pairs = new_model().to(device).eval(), score_pairs()
+
+    def repeat():
+        with pick_autocast(dtype, device):
+            score_completions(model, pairs)
+
+    return repeat, items
+
+
+def score_one_at_a_time(rows=1, autocast=None):
+    """One batch of `rows` completions, padded to the longest, after the other: the whole logits of each row."""
+    model, pairs = new_model().to(device).eval(), score_pairs()
+    autocast = autocast or pick_autocast(dtype, device)
+
+    @torch.no_grad()
+    def repeat():
+        for i in range(0, len(pairs), rows):
+            texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + rows]]
+            idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+            with autocast:
+                logits = model(idx)
+            losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), idx[:, 1:], reduction="none")
+            for row, (context, ending) in zip(losses, pairs[i : i + rows], strict=True):
+                row[len(context) - 1 : len(context) + len(ending) - 1].sum().item()
+
+    return repeat, items
+
+
+def score_lm_eval(batch_size):
+    """lm-evaluation-harness, with the tokens given to it: only its model's work is timed."""
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = transformers_model(pick_dtype(dtype, device))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<|endoftext|>")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    requests = [(("", str(i)), context, ending) for i, (context, ending) in enumerate(score_pairs())]
+    return lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), items
+
+
+def corpus():
+    """The path of the texts, or the files of Python's own standard library in a .jsonl file."""
+    if not data and not os.path.exists(scratch + "/texts.jsonl"):
+        paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+        with open(scratch + "/texts.jsonl", "w") as f:
+            f.writelines(
+                json.dumps({"text": text}) + "\n" for path in paths for text in fineweb.read_text(path)
+            )
+    return data or scratch + "/texts.jsonl"
+
+
+def write_texts(write):
+    """write(texts, enc, folder) on the corpus, into a new folder each time."""
+    enc = load_tokenizer("gpt2")
+
+    def repeat():
+        with tempfile.TemporaryDirectory() as folder:
+            write(fineweb.Documents(corpus()), enc, folder)
+
+    return repeat, sum(len(ids) for ids in enc.encode_ordinary_batch(list(fineweb.Documents(corpus()))))
+
+
+def tokenize_ours():
+    def write(texts, enc, folder):
+        with contextlib.redirect_stderr(io.StringIO()):
+            fineweb.write_shards(texts, enc, folder, "bench", shard_size=1_000_000)
+
+    return write_texts(write)
+
+
+def encode_for_pool(text):
+    """What build-nanogpt's fineweb.py does with a document in a process of its pool."""
+    enc = load_tokenizer("gpt2")
+    return np.array([enc.eot_token, *enc.encode_ordinary(text)]).astype(np.uint16)
+
+
+def tokenize_pool():
+    """As build-nanogpt's fineweb.py: a pool of half the cores, texts and arrays pickled between processes."""
+    pool = multiprocessing.get_context("fork").Pool(max(1, os.cpu_count() // 2))
+
+    def write(texts, enc, folder):
+        arrays = list(pool.imap(encode_for_pool, texts, chunksize=16))
+        np.save(os.path.join(folder, "shard.npy"), np.concatenate(arrays))
+
+    return write_texts(write)
+
+
+def open_order():
+    """The order of shards of 200M tokens, one for validation; they are sparse files of zeros."""
+    for split in ("val_000000", "train_000001"):
+        path = f"{scratch}/zeros_{split}.npy"
+        if not os.path.exists(path):
+            np.lib.format.open_memmap(path, "w+", np.uint16, (100_000_000,)).flush()
+    return TrainOrder(Shards(scratch), T, seed=1337)
+
+
+def load_a_step():
+    """The batches of a step of 0.5M tokens."""
+    order, sequences = open_order(), 524_288 // T
+    return lambda: drain(order.batches(0, sequences, B)), sequences * T
+
+
+def start_at(step):
+    """Opening the shards and reading the first batch of a run that begins at a step."""
+    return lambda: next(open_order().batches(step * 524_288 // T, B, B)), 1
+
+
+# -- what the machine can do, in the units of the contenders ------------------------------------------------
+
+
+def matmul():
+    """Training tokens whose FLOPs a large matrix product does in the same time."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = torch.randn(2, n, n, device=device).to(pick_dtype(dtype, device))
+    return lambda: [a @ b for _ in range(20)], 20 * 2 * n**3 / new_model().flops_per_token(T)
+
+
+def copy():
+    """Sampled tokens for which a copy moves as many bytes as all weights have, but the positions'."""
+    a, b = torch.zeros(2, 1 << 28, device=device)
+    model = new_model()
+    weights = model.num_params() - model.transformer.wpe.weight.numel()
+    return lambda: b.copy_(a), 2 * a.nbytes / (weights * pick_dtype(dtype, device).itemsize)
+
+
+def tiktoken_on_all_cores():
+    """Tokens that tiktoken makes of the texts, already in memory, on one core, times the number of cores."""
+    enc, texts = load_tokenizer("gpt2"), list(fineweb.Documents(corpus()))
+    tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
+    return lambda: [enc.encode_to_numpy(text, disallowed_special=()) for text in texts], tokens * os.cpu_count()
+
+
+# -- other people's code ------------------------------------------------------------------------------------
+
+
+def definitions(path, **variables):
+    """A module of the imports, classes and functions of a script, whose other lines are not run."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # their hellaswag.py, not ours
+    for name in ("hellaswag", "model"):
+        sys.modules.pop(name, None)
+    with open(path) as f:
+        tree = ast.parse(f.read())
+    tree.body = [
+        x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)
+    ]
+    module = types.ModuleType("theirs")
+    sys.modules["theirs"] = module  # dataclasses look there
+    module.__dict__.update(variables)
+    exec(ast.unparse(tree), module.__dict__)
+    return module
+
+
+def transformers_model(precision):
+    """transformers' GPT-2 with our weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": VOCAB}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
+    state = new_model().state_dict()
+    for name, tensor in theirs.state_dict().items():
+        ours = state[name]
+        tensor.copy_(
+            ours[: len(tensor)] if "wte" in name or "lm_head" in name else ours.t() if "c_" in name else ours
+        )
+    return theirs.to(device, precision)
+
+
+# -- the race -----------------------------------------------------------------------------------------------
+
+PARTS = {  # unit, {contender: (function)}; the first is ours, LIMIT is the machine's
+    "train": ("tokens", {
+        "ours": train_ours,
+        "transformers": train_transformers,
+        "transformers, compiled": partial(train_transformers, compiled=True),
+        "nanoGPT": train_nanogpt,
+        "build-nanogpt": train_build_nanogpt,
+        "limit: matrix product": matmul,
+    }),
+    "sample": ("tokens", {
+        "ours": sample_ours,
+        "transformers": sample_transformers,
+        "transformers, float32": partial(sample_transformers, torch.float32),
+        "without a cache": sample_without_cache,
+        "nanoGPT": sample_nanogpt,
+        "one sample of 8": partial(sample_ours, 8),
+        "limit: weights, copied": copy,
+    }),
+    "score": ("items", {
+        "ours": score_ours,
+        "row by row": score_one_at_a_time,
+        "item by item": partial(score_one_at_a_time, 4),
+        "item by item, float32 (build-nanogpt)": partial(score_one_at_a_time, 4, contextlib.nullcontext()),
+        "lm_eval, batches of 4": partial(score_lm_eval, 4),
+        "lm_eval, batches of 8": partial(score_lm_eval, 8),
+        "lm_eval, batches of 16": partial(score_lm_eval, 16),
+    }),
+    "tokenize": ("tokens", {
+        "ours": tokenize_ours,
+        "pool.imap, half the cores": tokenize_pool,
+        "limit: tiktoken x cores": tiktoken_on_all_cores,
+    }),
+    "load": ("tokens", {"ours": load_a_step, "training": train_ours}),
+    "start": ("starts", {"at step 1,000,000": partial(start_at, 1_000_000), "at step 0": partial(start_at, 0)}),
+}  # fmt: skip
+
+
+def work():
+    """One contender's process: a line on stdin is a turn, its seconds, units and peak memory the answer."""
+    part, _, name = worker.partition("/")
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_float32_matmul_precision("high")
+    repeat, units = PARTS[part][1][name]()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        repeat()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory()
+        print(json.dumps([seconds, units, peak]), file=answers, flush=True)
+
+
+def peak_memory():
+    """Bytes: the largest resident set that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Contender:
+    def __init__(self, part, name):
+        self.errors = open(f"{scratch}/errors", "w+")
+        command = [sys.executable, __file__, *sys.argv[1:], f"--scratch={scratch}", f"--worker={part}/{name}"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        start = time.monotonic()
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.times = []
+        self.turn()
+        self.first = time.monotonic() - start
+        self.turn()
+        self.times = []
+
+    def turn(self):
+        """Have it repeat its work once. Raises RuntimeError with its last words if it cannot."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.process.wait()
+            self.errors.seek(0)
+            raise RuntimeError((self.errors.read().strip().splitlines() or ["killed"])[-1])
+        seconds, self.units, self.peak = json.loads(answer)
+        self.times.append(seconds)
+
+    def rate(self):
+        return self.units / statistics.median(self.times)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def race(part):
+    """Print how the first contender of a part compares with each of the others."""
+    unit, contenders = PARTS[part]
+    first, *others = contenders
+    try:
+        ours = Contender(part, first)
+    except RuntimeError as e:
+        return print(f"| {part} | left out: {e} | | | | |", flush=True)
+    for name in others:
+        if not any(word in name for word in against.split(",")):
+            continue
+        try:
+            theirs = Contender(part, name)
+        except RuntimeError as e:
+            print(f"| {part} | | {name} | left out: {e} | | |", flush=True)
+            continue
+        ours.times = []
+        for _ in range(rounds):
+            ours.turn()
+            theirs.turn()
+        theirs.close()
+        rates = [f"{c.rate():,.{1 if c.rate() < 100 else 0}f} {unit}/s" for c in (ours, theirs)]
+        memory = f"{ours.peak / 1e9:.1f} / {theirs.peak / 1e9:.1f} GB = {ours.peak / theirs.peak:.2f}"
+        ratio = ours.rate() / theirs.rate()
+        print(f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |", flush=True)
+    print(f"| {part} | first turn done {ours.first:.1f} s after the start of the process | | | | |", flush=True)
+    ours.close()
+
+
+def main():
+    for part in what.split(","):
+        if part not in PARTS:
+            sys.exit(f"--what={what}: choose among {','.join(PARTS)}")
+    if rounds < 1:
+        sys.exit(f"--rounds={rounds}: must be at least 1")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    precision, size = str(pick_dtype(dtype, device))[6:], new_model().num_params() / 1e6
+    print(f"{name}, {precision}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(f"{size:.0f}M parameters, training on {B} x {T} tokens, medians of {rounds} turns\n")
+    print("| what | ours | beside it | theirs | ratio | peak memory |\n|---|---|---|---|---|---|")
+    for part in what.split(","):
+        race(part)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    device = pick_device(device)
+    if worker:
+        work()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = scratch or folder
+            main()
