@@ -95,7 +95,8 @@ def train_ours():
     keep_freed_memory()
     model = new_model().to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
-    return training(model, forward, model.configure_optimizers(0.1, 6e-4), pick_autocast(dtype, device))
+    (optimizer,) = model.configure_optimizers(0.1, 6e-4)
+    return training(model, forward, optimizer, pick_autocast(dtype, device))
 
 
 def train_transformers(compiled=False):
@@ -323,7 +324,7 @@ def copy():
     """Sampled tokens for which a copy moves as many bytes as all weights have, but the positions'."""
     a, b = torch.zeros(2, 1 << 28, device=device)
     model = new_model()
-    weights = model.num_params() - model.transformer.wpe.weight.numel()
+    weights = model.num_params() - sum(p.numel() for p in model.position_weights())
     return lambda: b.copy_(a), 2 * a.nbytes / (weights * pick_dtype(dtype, device).itemsize)
 
 

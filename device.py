@@ -137,6 +137,71 @@ def from_rank_0(number, where):
     return number.item()
 
 
+# -- FSDP: each process keeps a part of every tensor (https://arxiv.org/abs/2304.11277) -----------------------
+
+
+def shard(model, dtype, compiled):
+    """Divide a GPT among the processes, block by block; its blocks then compute in dtype."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        if compiled:
+            block.compile()
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+    for name in ("hidden", "logits"):
+        register_fsdp_forward_method(model, name)
+
+
+def gather(model):
+    """Have each process hold the whole model, until release(), so that it can be called by some of them only.
+
+    Does nothing to a model that is not divided.
+    """
+    for module in sharded_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def release(model):
+    """The end of gather()."""
+    for module in sharded_modules(model):
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def sharded_modules(model):
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
+def whole(value):
+    """A state dict with divided tensors made whole, on rank 0's CPU; elsewhere None. All ranks call it."""
+    if isinstance(value, dict):
+        return {key: whole(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [whole(x) for x in value]
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+    return value
+
+
+def divided_like(p, tensor):
+    """A whole tensor divided as the parameter p is, if that is."""
+    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements)
+
+
+def all_finite(tensors, where):
+    """Whether tensors are finite, on every rank."""
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+    return all_agree(all(t.isfinite().all() for t in local), where)
+
+
 def peak_flops(device, dtype):
     """(name, FLOP/s) of a device, the FLOP/s None where a data sheet's number does not apply."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device.split(":")[0]

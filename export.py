@@ -4,8 +4,8 @@
     python export.py --format=onnx --out=model.onnx         # input_ids (batch, length) -> logits
     python export.py --format=pt --out=model.pt             # bfloat16, half the size; sample.py --ckpt=model.pt
 
-The folder needs no code of ours: the model is a GPT2LMHeadModel, without the rows that pad the vocabulary,
-and the tokenizer a byte-level BPE.
+The folder needs no code of ours: the model is a GPT2LMHeadModel, or a LlamaForCausalLM or Qwen3ForCausalLM
+where its settings are theirs, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
 """
 
 import dataclasses
@@ -80,18 +80,13 @@ def to_hugging_face(enc):
     return tokenizer
 
 
-def write_folder(model, enc, folder, dtype):
-    """Write config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json."""
-    from safetensors.torch import save
-
-    tokenizer = to_hugging_face(enc)
+def gpt2(model):
+    """(config.json's dict, {name: tensor}) of a model as transformers' GPT2LMHeadModel."""
     c = model.config
-    ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
-        "vocab_size": enc.n_vocab,
         "n_positions": c.block_size,
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
@@ -101,24 +96,100 @@ def write_folder(model, enc, folder, dtype):
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
+    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            tensor = tensor.t()  # OpenAI's Conv1D holds (in, out)
+        tensors[name] = tensor
+    return config, tensors
+
+
+def llama(model):
+    """The same as LlamaForCausalLM, or Qwen3ForCausalLM, which is that with norms on queries and keys."""
+    c = model.config
+    config = {
+        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if c.qk_norm else "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.n_embd,
+        "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_head,
+        "head_dim": c.n_embd // c.n_head,
+        "max_position_embeddings": c.block_size,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    weights = model.state_dict()
+    tensors = {
+        "model.embed_tokens.weight": weights["transformer.wte.weight"],
+        "model.norm.weight": weights["transformer.ln_f.weight"],
+    }
+    for i in range(c.n_layer):
+        here, there = f"transformer.h.{i}.", f"model.layers.{i}."
+        q, k, v = weights[here + "attn.c_attn.weight"].chunk(3)
+        gate, up = weights[here + "mlp.c_fc.weight"].chunk(2)
+        tensors |= {
+            there + "self_attn.q_proj.weight": q,
+            there + "self_attn.k_proj.weight": k,
+            there + "self_attn.v_proj.weight": v,
+            there + "self_attn.o_proj.weight": weights[here + "attn.c_proj.weight"],
+            there + "mlp.gate_proj.weight": gate,
+            there + "mlp.up_proj.weight": up,
+            there + "mlp.down_proj.weight": weights[here + "mlp.c_proj.weight"],
+            there + "input_layernorm.weight": weights[here + "ln_1.weight"],
+            there + "post_attention_layernorm.weight": weights[here + "ln_2.weight"],
+        }
+        if c.qk_norm:
+            tensors[there + "self_attn.q_norm.weight"] = weights[here + "attn.q_norm.weight"]
+            tensors[there + "self_attn.k_norm.weight"] = weights[here + "attn.k_norm.weight"]
+    return config, tensors
+
+
+def to_architecture(model):
+    """gpt2(model) or llama(model), whichever the model is; exits if it is neither."""
+    c = model.config
+    kind = {"pos": c.pos, "norm": c.norm, "mlp": c.mlp, "bias": c.bias}
+    if kind | {"qk_norm": c.qk_norm} == {
+        "pos": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qk_norm": False
+    }:  # fmt: skip
+        return gpt2(model)
+    if kind == {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}:
+        return llama(model)
+    sys.exit(
+        f"no architecture of transformers has {', '.join(f'{key}={value}' for key, value in kind.items())}, "
+        f"qk_norm={c.qk_norm}; --format=pt and onnx take any"
+    )
+
+
+def write_folder(model, enc, folder, dtype):
+    """Write config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json."""
+    from safetensors.torch import save
+
+    config, weights = to_architecture(model)
+    tokenizer = to_hugging_face(enc)
+    ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
+    config |= {
+        "vocab_size": enc.n_vocab,
         "tie_word_embeddings": True,
         "dtype": str(dtype).removeprefix("torch."),
         **ends,
     }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": c.block_size,
+        "model_max_length": model.config.block_size,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT),
     }
+    weights.pop("lm_head.weight", None)  # tied to the embedding
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied to wte
-        if name == "transformer.wte.weight":
+    for name, tensor in weights.items():
+        if name.endswith((".wte.weight", ".embed_tokens.weight")):
             tensor = tensor[: enc.n_vocab]
-        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            tensor = tensor.t()  # OpenAI's Conv1D holds (in, out)
         tensors[name] = tensor.to(dtype).contiguous()
     files = {
         "config.json": json.dumps(config, indent=2).encode(),

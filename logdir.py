@@ -18,18 +18,19 @@ import sys
 
 import torch
 
+from device import divided_like
 from model import load_checkpoint
 from shards import lock_folder, write_whole
 
 RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 
 # The settings that say what is learned: a resumed run keeps its own, but for those on the command line.
-LEARNING = """seed n_layer n_head n_embd T total_batch_size max_steps warmup_steps max_lr min_lr weight_decay
-    beta1 beta2 grad_clip dtype""".split()
+LEARNING = """seed n_layer n_head n_embd pos norm mlp qk_norm bias T total_batch_size max_steps warmup_steps
+    max_lr min_lr optimizer schedule cooldown_steps patience weight_decay beta1 beta2 grad_clip dtype""".split()
 
 # What the trainer puts into resume.pt; save() adds the list of checkpoints.
-RESUME_KEYS = """step evaluated_step tokens exposed bad_steps data settings defaults precision optimizer scaler
-    rng""".split()
+RESUME_KEYS = """step evaluated_step tokens exposed bad_steps last_step val_losses data settings defaults
+    precision optimizers scaler rng""".split()
 
 
 def model_path(log_dir, step):
@@ -59,9 +60,9 @@ def resumed_settings(saved, given, file_settings):
     settings = saved["settings"]
     if given.get("preset", "auto") not in ("auto", settings["preset"]):
         sys.exit(f"--preset={given['preset']}: the run to resume has {settings['preset']}; leave it out")
-    for key in ("n_layer", "n_head", "n_embd"):
+    for key in ("n_layer", "n_head", "n_embd", "pos", "norm", "mlp", "qk_norm", "bias", "optimizer"):
         if given.get(key, settings[key]) != settings[key]:
-            sys.exit(f"--{key}={given[key]}: the model to resume has {settings[key]}; leave it out")
+            sys.exit(f"--{key}={given[key]}: the run to resume has {settings[key]}; leave it out")
     now = file_settings(settings["preset"])
     for key in LEARNING:
         if key not in given and now[key] not in (saved["defaults"].get(key, now[key]), settings[key]):
@@ -78,37 +79,46 @@ def changes(saved, given):
     return f" with {', '.join(changed)}{order}" if changed else ""
 
 
-def check_resumption(log_dir, saved, shards, precision):
+def check_resumption(log_dir, saved, mixture, sources, precision):
     """Exit if the run has read other shards, or computed in another precision, where one is given."""
-    if saved["data"] != shard_sizes(shards)[: len(saved["data"])]:
-        sys.exit(f"{shards.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
+    now = describe_data(mixture, sources)
+    if [weight for weight, _ in saved["data"]] != [weight for weight, _ in now]:
+        sys.exit(f"--data_dir: the run in {log_dir} mixes its data otherwise; leave it out")
+    for (_, read), (_, there), source in zip(saved["data"], now, sources, strict=True):
+        if read != there[: len(read)]:
+            sys.exit(f"{source.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
     if precision not in (None, saved["precision"]):
         was, now = (name.removeprefix("torch.") for name in (saved["precision"], precision))
         sys.exit(f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype=")
 
 
-def shard_sizes(shards):
-    """[file, tokens] of each training shard: enough to notice that a run would go on with other data."""
-    return [[os.path.basename(path), size] for path, size in shards.train]
+def describe_data(mixture, sources):
+    """[weight, [[file, tokens] of each training shard]] of each source: enough to notice that it is another."""
+    return [
+        [str(weight), [[os.path.basename(path), size] for path, size in shards.train]]
+        for weight, shards in zip(mixture.values(), sources, strict=True)
+    ]
 
 
-def restore_optimizer(log_dir, optimizer, state):
-    """Load an optimizer's state, but for what the settings say; exits if it is another model's."""
-    groups = [{key: g[key] for key in ("betas", "weight_decay")} for g in optimizer.param_groups]
+def restore_optimizers(log_dir, optimizers, states):
+    """Load the optimizers' states, but for what the settings say; exits if they are another model's."""
     try:
-        optimizer.load_state_dict(state)
-        same = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
-    except (ValueError, KeyError):
-        same = False
-    if not same:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            now = [{k: g[k] for k in ("betas", "weight_decay") if k in g} for g in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for p, s in optimizer.state.items():
+                if s.get("exp_avg", s.get("momentum_buffer")).shape != p.shape:
+                    raise ValueError
+                optimizer.state[p] = {key: divided_like(p, tensor) for key, tensor in s.items()}
+            for group, settings in zip(optimizer.param_groups, now, strict=True):
+                group.update(settings)
+    except (ValueError, KeyError, AttributeError):
         sys.exit(f"{log_dir}/resume.pt: is not of the model beside it; both are needed to go on")
-    for group, now in zip(optimizer.param_groups, groups, strict=True):
-        group.update(now)
 
 
-def check_finite(log_dir, step, parameters):
+def check_finite(log_dir, step, finite):
     """Exit if a parameter is not finite, so that a broken model never takes the place of a good one."""
-    if not all(p.isfinite().all() for p in parameters):
+    if not finite:
         sys.exit(f"step {step}: the weights are no longer finite; nothing saved, {last_good(log_dir)}")
 
 

@@ -1,8 +1,9 @@
-"""GPT-2: the model, its loss, its optimizer groups, its sampling loop, and how its weights are loaded.
+"""GPT-2: the model, its loss, its optimizers, its sampling loop, and how its weights are loaded.
 
 Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2
 and GPT-3 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings.
 State-dict names are those of Hugging Face's GPT2LMHeadModel; given the same weights so are the logits.
+GPTConfig's last five fields each exchange one of these parts for what came later; the defaults are GPT-2.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
     model, enc = load_model("latest")                                  # newest log/model_*.pt
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
 
@@ -34,20 +36,55 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    pos: str = "learned"  # or rope
+    norm: str = "layernorm"  # or rmsnorm
+    mlp: str = "gelu"  # or swiglu, relu2
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    bias: bool = True  # in linear layers and LayerNorms
+
+
+def new_norm(config, size):
+    """LayerNorm, or RMSNorm (https://arxiv.org/abs/1910.07467), over vectors of `size`."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=1e-5)
+    return nn.LayerNorm(size, bias=config.bias)
+
+
+def rotation(positions, head_size):
+    """cos and sin (..., T, head_size / 2), float32, of rotary embeddings at positions (..., T).
+
+    https://arxiv.org/abs/2104.09864, with base 10,000 and, as Llama has it, the two halves of a head paired.
+    """
+    frequency = 10_000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs of x (B, nh, T, hs) by their angles, (T, hs / 2) or (B, 1, T, hs / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
+        if config.qk_norm:  # https://arxiv.org/abs/2302.05442
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
 
-    def forward(self, x, cache=None, pos=0, mask=None):
+    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, nh, T, hs)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if turn is not None:
+            q, k = rotate(q.float(), *turn), rotate(k.float(), *turn)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:  # (2, B, nh, max_len, hs): keys and values of the positions before pos
             cache[0, :, :, pos : pos + T] = k
             cache[1, :, :, pos : pos + T] = v
@@ -62,23 +99,33 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.kind = config.mlp
+        width = 4 * config.n_embd
+        if config.mlp == "swiglu":  # two layers in, so each is narrower: the same number of parameters
+            width = round(2 * width / 3 / 8) * 8
+        self.c_fc = nn.Linear(config.n_embd, width * (2 if config.mlp == "swiglu" else 1), config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, config.bias)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        if self.kind == "swiglu":  # https://arxiv.org/abs/2002.05202
+            gate, x = x.chunk(2, dim=-1)
+            return self.c_proj(F.silu(gate) * x)
+        if self.kind == "relu2":  # https://arxiv.org/abs/2109.08668
+            return self.c_proj(F.relu(x).square())
+        return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = new_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = new_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=0, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, pos, mask)
+    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, mask, turn)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -95,7 +142,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         size = 512 if x.device.type == "cpu" else 8192
         w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
         loss = torch.zeros((), device=x.device)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
+        dx, dw = (
+            (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
+            if with_gradients
+            else (None, None)
+        )
         for i in range(0, len(x), size):
             part = slice(i, i + size)
             logits = x[part] @ w.t()
@@ -109,31 +160,44 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dw += p.t() @ (x[part] * keep[part])
         count = keep.sum()
         ctx.save_for_backward(dx, dw, count)
+        ctx.dtype = weight.dtype
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count), dw * (grad / count), None, None, None
+        return dx * (grad / count), (dw * (grad / count)).to(ctx.dtype), None, None, None
+
+
+def check_config(config):
+    """Exit with one line if there is no such model."""
+    choices = {"pos": ("learned", "rope"), "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
+    for key, known in choices.items():
+        if getattr(config, key) not in known:
+            sys.exit(f"{key}={getattr(config, key)}: choose {' or '.join(known)}")
+    if config.n_embd % config.n_head:
+        sys.exit(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+    if config.pos == "rope" and config.n_embd // config.n_head % 2:
+        sys.exit(f"pos=rope turns pairs: n_embd / n_head = {config.n_embd // config.n_head} must be even")
 
 
 class GPT(nn.Module):
+    activation_checkpointing = (
+        False  # True: keep only the blocks' inputs, and compute the rest again for backward
+    )
+
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            sys.exit(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        check_config(config)
         self.config = config
         # A vocabulary of a multiple of 64 rows keeps the largest matmul on the tensor cores' fast path.
         # The extra rows never reach a softmax: forward cuts the logits to vocab_size.
         rows = -(-config.vocab_size // 64) * 64
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(rows, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd)})
+        if config.pos == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer["ln_f"] = new_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied, https://arxiv.org/abs/1608.05859
         self.apply(self._init_weights)
@@ -159,9 +223,19 @@ class GPT(nn.Module):
         if positions is None:
             assert pos + T <= self.config.block_size, f"{pos + T} tokens, context {self.config.block_size}"
             positions = torch.arange(pos, pos + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x, turn = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe(positions)
+        else:
+            turn = rotation(positions, self.config.n_embd // self.config.n_head)
+            if positions.dim() == 2:  # one angle for all heads
+                turn = [t[:, None] for t in turn]
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], pos, mask)
+            args = (x, None if cache is None else cache[i], pos, mask, turn)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -173,14 +247,18 @@ class GPT(nn.Module):
 
         The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32).
         """
-        x = self.hidden(idx)
+        x = GPT.hidden(self, idx)  # not self.hidden: FSDP wraps that for calls from outside
         if targets is None:
-            return self.logits(x)
+            return GPT.logits(self, x)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = (x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return LinearCrossEntropy.apply(*rows, self.config.vocab_size, torch.is_grad_enabled())
+
+    def position_weights(self):
+        """The position embeddings: one parameter, or none."""
+        return [self.transformer.wpe.weight] if self.config.pos == "learned" else []
 
     def num_params(self):
         """Number of parameters, without the rows that only pad the vocabulary."""
@@ -193,17 +271,27 @@ class GPT(nn.Module):
         PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves
         out the position embeddings, which are looked up, and keeps wte, which is the output layer.
         """
-        N = self.num_params() - self.transformer.wpe.weight.numel()
+        N = self.num_params() - sum(p.numel() for p in self.position_weights())
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95)):
-        """AdamW as in the GPT-3 paper, with weight decay on the matrices and embeddings only."""
-        params = list(self.parameters())
+    def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
+        """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of the blocks.
+
+        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled to
+        the size that AdamW's has, so that learning rate and weight decay are of one kind (https://arxiv.org/abs/2502.16982).
+        Weight decay is on matrices and embeddings only.
+        """
+        hidden = [p for p in self.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
+        rest = [p for p in self.parameters() if not any(p is matrix for matrix in hidden)]
         groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},  # biases and LayerNorms
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
+        if hidden:
+            muon = torch.optim.Muon(hidden, lr, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+        return optimizers
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):

@@ -10,10 +10,15 @@ The order: sequence n of a run is a pure function of (shards, T, seed, n), never
 processes or of restarts. Sequences are windows of T tokens (and one more, the last target). An epoch
 holds each window once: shards one after the other, shuffled from the second epoch on, and the windows
 of a shard shuffled within it. From the second epoch on the windows start at another offset.
+
+A mixture of folders ("edu_fineweb10B:0.7,openwebtext:0.3") takes its sequences from them in a fixed pattern of
+these proportions, each folder in its own order.
 """
 
+import fractions
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -366,11 +371,16 @@ class TrainOrder:
         the first.
         """
         for n in range(first + rank * B, first + count, world_size * B):
-            places = [self.locate(i) for i in range(n, n + B)]
-            paths = [self.shards.train[shard][0] for _, shard, _ in places]
-            yield np.stack(
-                [self.shards.read(p, start, self.T + 1) for p, (*_, start) in zip(paths, places, strict=True)]
-            )
+            yield np.stack([self.read(i) for i in range(n, n + B)])
+
+    def read(self, n):
+        """The T + 1 tokens of sequence n, int64."""
+        _, shard, start = self.locate(n)
+        return self.shards.read(self.shards.train[shard][0], start, self.T + 1)
+
+    def epochs(self, n):
+        """How often the data has been read after n sequences; None while it is not complete."""
+        return n / self.per_epoch if self.shards.complete else None
 
     def exposure(self, first, last):
         """Yield what sequences first .. last - 1 are, as {"epoch", "shard", "tokens"}.
@@ -389,6 +399,75 @@ class TrainOrder:
                 else:
                     ranges.append([start, start + self.T])
             yield {"epoch": epoch, "shard": os.path.basename(self.shards.train[shard][0]), "tokens": ranges}
+
+
+def parse_mixture(data_dir):
+    """{folder: its share, a Fraction} of a data_dir: one folder, or "a:0.7,b:0.3". Exits if it is neither."""
+    if "," not in data_dir:
+        return {data_dir: fractions.Fraction(1)}
+    found = {}
+    for part in data_dir.split(","):
+        folder, _, weight = part.strip().rpartition(":")
+        try:
+            found[folder] = fractions.Fraction(weight)
+        except (ValueError, ZeroDivisionError):
+            found[folder] = 0
+        if not folder or found[folder] <= 0:
+            sys.exit(f"--data_dir={data_dir}: expected a mixture such as edu_fineweb10B:0.7,openwebtext:0.3")
+    if len(found) != len(data_dir.split(",")):
+        sys.exit(f"--data_dir={data_dir}: names a folder twice")
+    return {folder: weight / sum(found.values()) for folder, weight in found.items()}
+
+
+class Mixture:
+    """A TrainOrder over several, in the proportions of their weights: Fractions that add up to 1.
+
+    The pattern repeats: each sequence is of the source that is furthest behind its share. So no source is ever
+    off by more than a sequence or two, and where one stands is known without counting from the start.
+    """
+
+    def __init__(self, orders, weights):
+        self.orders, self.T = orders, orders[0].T
+        self.period = math.lcm(*(weight.denominator for weight in weights))
+        if self.period > 10_000:
+            sys.exit("--data_dir: the weights of a mixture may have four decimals")
+        shares = np.array([int(weight * self.period) for weight in weights])
+        self.counts = np.zeros((self.period + 1, len(orders)), dtype=np.int64)  # of each source, up to a place
+        for place in range(self.period):
+            self.counts[place + 1] = self.counts[place]
+            self.counts[place + 1, np.argmax(shares * (place + 1) - self.period * self.counts[place])] += 1
+
+    def before(self, n):
+        """How many of the sequences before n are of each source."""
+        cycles, place = divmod(n, self.period)
+        return [int(count) for count in cycles * self.counts[-1] + self.counts[place]]
+
+    def read(self, n):
+        """The T + 1 tokens of sequence n, int64."""
+        now, then = self.before(n), self.before(n + 1)
+        source = next(i for i in range(len(now)) if now[i] != then[i])
+        return self.orders[source].read(now[source])
+
+    batches = TrainOrder.batches
+
+    def has(self, n):
+        """Whether sequences up to n have been written."""
+        return all(order.has(count - 1) for order, count in zip(self.orders, self.before(n + 1), strict=True))
+
+    def silence(self):
+        """Seconds since the quietest of the folders that are not complete was last seen to change."""
+        return max((order.silence() for order in self.orders if not order.shards.complete), default=0)
+
+    def epochs(self, n):
+        """{folder: how often it has been read after n sequences}."""
+        counts = zip(self.orders, self.before(n), strict=True)
+        return {order.shards.data_dir: order.epochs(count) for order, count in counts}
+
+    def exposure(self, first, last):
+        """Yield what sequences first .. last - 1 are, as TrainOrder.exposure does, with their "data_dir"."""
+        for order, start, end in zip(self.orders, self.before(first), self.before(last), strict=True):
+            for read in order.exposure(start, end):
+                yield {"data_dir": order.shards.data_dir, **read}
 
 
 def val_windows(shards, T, max_tokens):

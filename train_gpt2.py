@@ -37,22 +37,36 @@ import logdir
 from configurator import configure, current_settings, read_settings
 from device import (
     all_agree,
+    all_finite,
     from_rank_0,
+    gather,
     local_first,
     peak_flops,
     pick_autocast,
     pick_compile,
     pick_dtype,
+    release,
+    shard,
     start_processes,
+    whole,
 )
 from fineweb import write_demo_shards
 from model import GPT, GPTConfig, load_model, stream_text
-from shards import Shards, TrainOrder, has_shards, read_meta, read_windows, val_windows
+from shards import (
+    Mixture,
+    Shards,
+    TrainOrder,
+    has_shards,
+    parse_mixture,
+    read_meta,
+    read_windows,
+    val_windows,
+)
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
 preset = "auto"  # tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl; auto: gpt2 if data_dir has shards, else tiny
-data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py
+data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py; a mixture is a:0.7,b:0.3
 log_dir = "log"  # where logs and checkpoints go
 resume = False  # go on with the run in log_dir, if there is one, with its settings
 init_from = ""  # start from these weights: latest, a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -63,11 +77,22 @@ seed = 1337  # of the weights and the order of the data
 n_layer = 12  # blocks
 n_head = 12  # attention heads a block; n_embd / 64 in GPT-2
 n_embd = 768  # width
+pos = "learned"  # positions: learned or rope
+norm = "layernorm"  # or rmsnorm
+mlp = "gelu"  # or swiglu (of as many parameters), relu2
+qk_norm = False  # RMSNorm on queries and keys
+bias = True  # in linear layers and LayerNorms
 # batch
 B = 64  # micro-batch: sequences a device holds at a time; changes memory and speed, not the result
 T = 1024  # context: tokens a sequence
 total_batch_size = 524_288  # tokens a step, over all devices and micro-batches
-# optimizer: AdamW, linear warmup, then a cosine from max_lr to min_lr
+# optimizer and schedule
+optimizer = "adamw"  # or muon, for the matrices of the blocks (and AdamW for the rest)
+schedule = (
+    "cosine"  # from max_lr to min_lr; wsd: max_lr until the cooldown; plateau: wsd that ends when it stalls
+)
+cooldown_steps = 1900  # of wsd and plateau: linear from max_lr to min_lr
+patience = 8  # of plateau: the cooldown begins when so many validation losses have brought no gain of 0.002
 max_steps = 19_073  # 1 epoch of 10B tokens at 0.5M tokens a step
 warmup_steps = 715  # GPT-3's 375M tokens
 max_lr = 6e-4  # GPT-3 124M's
@@ -96,6 +121,12 @@ data_timeout = 60.0  # end when shards are missing and fineweb.py has been silen
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
+fsdp = (
+    False  # divide weights, gradients and optimizer among the processes, for models that one card cannot hold
+)
+activation_checkpointing = (
+    False  # keep less for the backward pass and compute it again: less memory, a third slower
+)
 
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
@@ -136,14 +167,51 @@ def file_settings(name):
     return {key: value for key, (value, _) in read_settings(__file__).items()} | PRESETS[name]
 
 
-def get_lr(step):
-    """The learning rate of a step: linear warmup, then a cosine to min_lr."""
+def get_lr(step, last_step):
+    """The learning rate of a step of a run that ends at last_step: linear warmup, then the schedule.
+
+    wsd is warmup, stable, decay (https://arxiv.org/abs/2404.06395).
+    """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
-    if step >= max_steps:
+    if step >= last_step:
         return min_lr
-    ratio = (step - warmup_steps) / (max_steps - warmup_steps)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
+    if schedule == "cosine":
+        ratio = (step - warmup_steps) / (last_step - warmup_steps)
+        return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
+    return min_lr + min(1, (last_step - step) / max(1, cooldown_steps)) * (max_lr - min_lr)
+
+
+def stalled(losses):
+    """Whether the best of the last `patience` validation losses is no better, by 0.002, than the best before.
+
+    It is the best of them that counts, so that a spike, or one lucky loss, decides nothing.
+    """
+    before, recent = losses[:-patience], losses[-patience:]
+    return bool(before) and min(recent) > min(before) - 0.002
+
+
+def shares(muon):
+    """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on."""
+    return sorted(muon.param_groups[0]["params"], key=torch.numel, reverse=True)
+
+
+@torch.no_grad()
+def spread(tensors):
+    """Send each tensor from the rank that has it, by its place in the list, to all others."""
+    works = [dist.broadcast(t, i % dist.get_world_size(), async_op=True) for i, t in enumerate(tensors)]
+    for work in works:
+        work.wait()
+
+
+def step_together(muon, scaler, rank, world_size):
+    """A step of Muon in which each rank orthogonalises its share of the matrices, and tells the others."""
+    matrices = shares(muon)
+    for i, p in enumerate(matrices):
+        if i % world_size != rank:
+            p.grad = None
+    scaler.step(muon)
+    spread(matrices)
 
 
 @torch.no_grad()
@@ -179,18 +247,43 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     }
 
 
+def evaluate_sources(model, sources, weights, *args):
+    """evaluate() on each of the Shards in sources; of a mixture, its mean by weight and all {folder: loss}."""
+    results = [evaluate(model, shards, *args) for shards in sources]
+    if len(results) == 1:
+        return results[0]
+    mean = {
+        key: sum(float(w) * r[key] for w, r in zip(weights, results, strict=True)) for key in ("loss", "bpb")
+    }
+    return {
+        "loss": mean["loss"],
+        "perplexity": math.exp(min(mean["loss"], 700)),
+        "bpb": mean["bpb"],
+        "tokens": sum(r["tokens"] for r in results),
+        "sources": {shards.data_dir: r["loss"] for shards, r in zip(sources, results, strict=True)},
+    }
+
+
 # -- the run ------------------------------------------------------------------------
 
 
 def check_settings():
     """Exit with one line if a number makes no sense."""
-    positive = "n_layer n_head n_embd B T total_batch_size val_tokens sample_tokens max_bad_steps".split()
+    positive = """n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens
+        max_bad_steps""".split()
     for key, value in current_settings(globals()).items():
         least = 1 if key in positive else 0
         if not isinstance(value, str) and not value >= least:  # which is also true of nan
             sys.exit(f"--{key}={value}: must be at least {least}")
     if seed >= 1 << 63:
         sys.exit(f"--seed={seed}: must be less than 2^63")
+    for key, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "plateau"))):
+        if globals()[key] not in known:
+            sys.exit(f"--{key}={globals()[key]}: choose {', '.join(known)}")
+    if fsdp and optimizer == "muon":
+        sys.exit("--fsdp=True divides matrices, which Muon needs whole: use --optimizer=adamw")
+    if schedule == "plateau" and not eval_every:
+        sys.exit("--schedule=plateau judges validation losses: it needs --eval_every=")
     if min_lr > max_lr:
         sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
@@ -233,7 +326,7 @@ def load_eval_items(name, load, where, say):
 
 
 def check_tokenizer(name, enc, shards):
-    """Exit if the tokenizer enc of the model `name` is not that of the shards."""
+    """Exit if the tokenizer enc of `name` is not that of the shards."""
     if tokenizer_state(enc) != tokenizer_state(shards.enc):
         sys.exit(
             f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
@@ -269,16 +362,22 @@ def main(given):
         model, enc = load_model(ckpt, where, log_dir)
     if data_dir == DEMO_DIR and "data_dir" not in given:
         local_first(make_demo_data)
-    shards = Shards(data_dir)
+    mixture = parse_mixture(data_dir)
+    sources, weights = [Shards(folder) for folder in mixture], list(mixture.values())
+    shards = sources[0]
+    for other in sources[1:]:
+        check_tokenizer(shards.data_dir, shards.enc, other)
     if eval_only:
         check_tokenizer(ckpt, enc, shards)
         context = min(T, model.config.block_size)
-        result = evaluate(model, shards, B, context, val_tokens, autocast, rank, world_size)
+        result = evaluate_sources(model, sources, weights, B, context, val_tokens, autocast, rank, world_size)
         say(f"{ckpt} on {data_dir}, context {context}:")
+        result |= result.pop("sources", {})
         say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
         return
     fit_micro_batch(world_size, given, say)
-    order = TrainOrder(shards, T, seed)
+    orders = [TrainOrder(source, T, seed) for source in sources]
+    order = orders[0] if len(orders) == 1 else Mixture(orders, weights)
     sequences = total_batch_size // T  # in a step
     grad_accum_steps = sequences // (B * world_size)
 
@@ -287,44 +386,56 @@ def main(given):
     saved = logdir.load_resume(log_dir) if resume else None
     source = logdir.model_path(log_dir, saved["step"]) if saved else init_from
     if source:
-        raw_model, enc = load_model(source, where, log_dir)
+        raw_model, enc = load_model(source, "cpu" if fsdp else where, log_dir)
         check_tokenizer(source, enc, shards)
         if raw_model.config.block_size < T:
             sys.exit(f"--T={T} is more than {source}'s context: use --T={raw_model.config.block_size}")
     else:
         enc = shards.enc
-        raw_model = GPT(GPTConfig(T, enc.n_vocab, n_layer, n_head, n_embd)).to(where)
-    raw_model.train()
-    optimizer = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2))
+        config = GPTConfig(T, enc.n_vocab, n_layer, n_head, n_embd, pos, norm, mlp, qk_norm, bias)
+        raw_model = GPT(config)
+    compiled = pick_compile(compile, where)
+    if fsdp and world_size > 1:
+        if precision == torch.float16:
+            sys.exit("--fsdp=True: not in float16; use --dtype=bfloat16 or float32")
+        shard(raw_model, precision, compiled)  # which takes it to the device as well
+    raw_model.to(where).train()
+    raw_model.activation_checkpointing = activation_checkpointing
+    optimizers = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
     scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
     start_step, evaluated_step = 0, None
     first_sequence = 0  # of the data, for start_step
     exposed = 0  # sequences in exposure.jsonl
     bad_steps = 0  # in a row, whose loss or gradient was not finite
+    last_step = max_steps  # of the run; plateau can make it an earlier one
+    val_losses = []  # for plateau
     if saved:
-        logdir.check_resumption(log_dir, saved, shards, None if "dtype" in given else str(precision))
+        logdir.check_resumption(log_dir, saved, mixture, sources, None if "dtype" in given else str(precision))
         start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
         first_sequence, exposed = -(-saved["tokens"] // T), -(-saved["exposed"] // T)
-        logdir.restore_optimizer(log_dir, optimizer, saved["optimizer"])
+        logdir.restore_optimizers(log_dir, optimizers, saved["optimizers"])
+        last_step, val_losses = min(max_steps, saved["last_step"] or max_steps), saved["val_losses"]
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         say(f"resuming {log_dir} at step {start_step}{logdir.changes(saved, given)}")
     if not all_agree(start_step == from_rank_0(start_step, where), where):
         sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
-    model = torch.compile(raw_model) if pick_compile(compile, where) else raw_model
+    sharded = fsdp and world_size > 1
+    model = torch.compile(raw_model) if compiled and not sharded else raw_model
     train_model = model
-    if world_size > 1:
+    if world_size > 1 and not sharded:
         train_model = DDP(model, device_ids=[where] if device_type == "cuda" else None)
 
     name, peak = peak_flops(where, precision)
     flops_per_token = raw_model.flops_per_token(T)
-    say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if model is not raw_model else 'off'}")
+    say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if compiled else 'off'}")
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {enc.name}")
-    say(
-        f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device), "
-        f"{order.per_epoch / sequences:,.1f} steps an epoch of {data_dir}"
-    )
+    say(f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device)")
+    for source, weight in zip(orders, weights, strict=True):
+        share = f", {float(weight):.2%} of the tokens" if len(orders) > 1 else ""
+        steps = source.per_epoch / sequences / float(weight)
+        say(f"{steps:,.1f} steps an epoch of {source.shards.data_dir}{share}")
 
     # What to evaluate on, the log, and how to stop
     hellaswag_items, ewok_items = None, None
@@ -337,13 +448,17 @@ def main(given):
     record = log.record if master else lambda *args, **kwargs: None
     settings = current_settings(globals())
     if master and not saved:
-        about = {"tokenizer": enc.name, "dataset": shards.dataset, "parameters": raw_model.num_params()}
+        about = {
+            "tokenizer": enc.name,
+            "dataset": " + ".join(str(source.dataset) for source in sources),
+            "parameters": raw_model.num_params(),
+        }
         log.note(0, "run", **about, settings={key: settings[key] for key in logdir.LEARNING})
     last_save, saved_at = (start_step, evaluated_step) if saved else None, time.monotonic()
     del saved
 
     def due(every, step):
-        return every > 0 and (step % every == 0 or step == max_steps)
+        return every > 0 and (step % every == 0 or step == last_step)
 
     stop_requests = []  # (signal, when): Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1
 
@@ -362,9 +477,11 @@ def main(given):
     for signal_name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, signal_name), request_stop)
     stopping, save_now = False, False
-    waiting = not all_agree(shards.complete, where)  # for shards that fineweb.py has yet to write
-    if waiting:
-        say(f"{data_dir} is not complete: {len(shards.train)} training shards now, more as fineweb.py goes on")
+    waiting = not all_agree(all(source.complete for source in sources), where)  # for more shards to come
+    for source in sources:
+        if not source.complete:
+            found = f"{len(source.train)} training shards now, more as fineweb.py goes on"
+            say(f"{source.data_dir} is not complete: {found}")
 
     if start_step > max_steps:
         say(f"nothing to do: the run is at step {start_step}, --max_steps={max_steps}")
@@ -375,22 +492,30 @@ def main(given):
             last, told = sequence + sequences - 1, False
             while not (all_agree(order.has(last), where) or stopping):  # together, so that none waits alone
                 if not told:
-                    say(f"waiting for fineweb.py to write training shard {len(shards.train) + 1}")
+                    there = ", ".join(f"{len(s.train)} in {s.data_dir}" for s in sources if not s.complete)
+                    say(f"waiting for fineweb.py to write the next training shard: there are {there}")
                 told = True
                 time.sleep(5)
                 stopping = asked_to_stop()
                 abandoned = not stopping and not all_agree(order.silence() < 60 * data_timeout, where)
                 stopping = stopping or abandoned
-            waiting = not all_agree(shards.complete, where)
+            waiting = not all_agree(all(source.complete for source in sources), where)
         val_loss = None  # of this step, if it is measured
 
         # Once in a while: the validation loss, the evals, a sample, what has been read
         evaluating = evaluated_step != step and not stopping
-        if evaluating and due(eval_every, step) and shards.val:
-            result = evaluate(model, shards, B, T, val_tokens, autocast, rank, world_size)
+        gather(raw_model)
+        if evaluating and due(eval_every, step) and all(source.val for source in sources):
+            result = evaluate_sources(model, sources, weights, B, T, val_tokens, autocast, rank, world_size)
             val_loss = result["loss"]
-            say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte")
+            parts = "".join(f" | {folder} {loss:.4f}" for folder, loss in result.get("sources", {}).items())
+            say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte{parts}")
             record(step, "val", val_loss, **result)
+            val_losses.append(val_loss)
+            cooling = step >= last_step - cooldown_steps
+            if schedule == "plateau" and step >= warmup_steps and not cooling and stalled(val_losses):
+                last_step = step + cooldown_steps
+                say(f"step {step:5d} | the validation loss has stalled: cooling down until step {last_step}")
             stopping = asked_to_stop()
         if evaluating and not stopping and due(hellaswag_every, step) and hellaswag_items:
             with autocast:
@@ -417,14 +542,27 @@ def main(given):
                     log.note(step, "exposure", file="exposure.jsonl", **read)
                 exposed = sequence
             evaluated_step = step
+        release(raw_model)
 
         # Save what the next process needs to go on as if nothing had happened
-        save_now = save_now or stopping or step == max_steps or (step and due(save_every, step))
+        save_now = save_now or stopping or step == last_step or (step and due(save_every, step))
         if save_now and (step, evaluated_step) != last_save:
-            logdir.check_finite(log_dir, step, raw_model.parameters())
+            logdir.check_finite(log_dir, step, all_finite(raw_model.parameters(), where))
+            if optimizer == "muon" and world_size > 1:  # each rank has the momentum of its own matrices only
+                matrices = shares(optimizers[1])
+                spread(
+                    [
+                        optimizers[1].state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                        for p in matrices
+                    ]
+                )
+            weights_now, optimizers_now = raw_model.state_dict(), [opt.state_dict() for opt in optimizers]
+            if sharded:
+                weights_now, optimizers_now = whole(weights_now), whole(optimizers_now)
+                weights_now["lm_head.weight"] = weights_now["transformer.wte.weight"]
             if master:
                 model_state = {
-                    "model": raw_model.state_dict(),
+                    "model": weights_now,
                     "config": dataclasses.asdict(raw_model.config),
                     "step": step,
                     "val_loss": val_loss,
@@ -437,18 +575,20 @@ def main(given):
                     "tokens": sequence * T,
                     "exposed": exposed * T,
                     "bad_steps": bad_steps,
-                    "data": logdir.shard_sizes(shards),
+                    "data": logdir.describe_data(mixture, sources),
                     "settings": settings,
                     "defaults": file_settings(preset),
                     "precision": str(precision),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": optimizers_now,
+                    "last_step": last_step if last_step < max_steps else None,
+                    "val_losses": val_losses,
                     "scaler": scaler.state_dict(),
                     "rng": torch.get_rng_state(),
                 }
                 say(f"step {step:5d} | saved {log.save(model_state, resume_state, keep_checkpoints)}")
             last_save, saved_at = (step, evaluated_step), time.monotonic()
         save_now = False
-        if stopping or step == max_steps:
+        if stopping or step == last_step:
             if world_size > 1:
                 dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
             if abandoned:
@@ -464,9 +604,7 @@ def main(given):
 
         # The update: forward and backward for each micro-batch, then one step of AdamW
         t0 = time.perf_counter()
-        lr = get_lr(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = get_lr(step, last_step)
         sums = torch.zeros(3, device=where)  # of the loss, of requests to stop, of wishes to save
         for micro_step, rows in enumerate(order.batches(sequence, sequences, B, rank, world_size)):
             rows = to_device(rows)  # (B, T + 1)
@@ -475,8 +613,10 @@ def main(given):
                 loss = train_model(rows[:, :-1], rows[:, 1:])
             sums[0] += loss.detach()
             scaler.scale(loss / grad_accum_steps).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
         sums[1] = len(stop_requests)
         sums[2] = master and save_minutes > 0 and time.monotonic() - saved_at >= 60 * save_minutes
         if world_size > 1:
@@ -484,23 +624,28 @@ def main(given):
         loss, stops, saves = sums.tolist()
         loss /= grad_accum_steps * world_size
         stopping, save_now = stops > 0, saves > 0
-        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         bad_steps = bad_steps + 1 if bad else 0
-        if not bad:
-            scaler.step(optimizer)
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = lr
+            if not bad and world_size > 1 and isinstance(opt, torch.optim.Muon):
+                step_together(opt, scaler, rank, world_size)
+            elif not bad:
+                scaler.step(opt)
+            opt.zero_grad(set_to_none=True)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - t0
         speed = total_batch_size / seconds
         seen = sequence + sequences
-        more = {"tokens": seen * T, "epoch": seen / order.per_epoch if shards.complete else None}
+        more = {"tokens": seen * T, "epoch": order.epochs(seen)}
         mfu = ""
         if peak:
             more["mfu"] = flops_per_token * speed / (peak * world_size)
             mfu = f" | mfu {100 * more['mfu']:.1f}%"
         say(
-            f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+            f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {grad_norm:.4f} | "
             f"{1000 * seconds:.0f}ms | {speed:,.0f} tok/s{mfu}"
         )
         if bad:
@@ -511,7 +656,7 @@ def main(given):
                 for r in more["skipped"]
             )
             say(f"step {step:5d} | not finite: no update, {bad_steps} in a row; the data: {data}")
-        more |= {"loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds, "tokens_per_second": speed}
+        more |= {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds": seconds, "tokens_per_second": speed}
         record(step, "train", loss, **more)
         if bad_steps >= max_bad_steps:
             sys.exit(

@@ -100,6 +100,25 @@ def shards(tmp_path):
     return folder
 
 
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, action): call action when the trainer asks for the data of step k."""
+    from shards import Mixture, TrainOrder
+
+    batches = TrainOrder.batches
+
+    def patch(k, action):
+        def patched(self, first, sequences, *args):
+            if first == k * sequences:
+                action()
+            return batches(self, first, sequences, *args)
+
+        monkeypatch.setattr(TrainOrder, "batches", patched)
+        monkeypatch.setattr(Mixture, "batches", patched)
+
+    return patch
+
+
 def read_log(folder, kind):
     """{step: value} of one kind of record in a log.txt."""
     lines = (Path(folder) / "log.txt").read_text().splitlines()

@@ -237,7 +237,8 @@ def test_initialisation():
 
 def test_weight_decay_is_on_matrices_only():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100))
-    decayed, other = model.configure_optimizers(0.1, 1e-3).param_groups
+    (adamw,) = model.configure_optimizers(0.1, 1e-3)
+    decayed, other = adamw.param_groups
     assert (decayed["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
