@@ -112,7 +112,7 @@ def train_transformers(compiled=False):
 
 def train_nanogpt():
     """On GPUs nanoGPT trains in bfloat16 and compiles; its README's way on a CPU is float32, not compiled."""
-    theirs = definitions(os.path.join(nanogpt, "model.py"))
+    theirs = definitions(nanogpt, "model.py")
     config = theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)
     model = theirs.GPT(config).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
@@ -124,7 +124,7 @@ def train_nanogpt():
 
 def train_build_nanogpt():
     """build-nanogpt trains in bfloat16 everywhere, and does not compile."""
-    theirs = definitions(os.path.join(build_nanogpt, "train_gpt2.py"), master_process=False)
+    theirs = definitions(build_nanogpt, "train_gpt2.py", master_process=False)
     model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, device.split(":")[0])
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16)
@@ -173,7 +173,7 @@ def sample_without_cache():
 
 def sample_nanogpt():
     """nanoGPT's generate; on a CPU in float32, as its sample.py runs it there."""
-    theirs = definitions(os.path.join(nanogpt, "model.py"))
+    theirs = definitions(nanogpt, "model.py")
     model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=True))
     model.to(device).eval()
     idx = torch.arange(16, device=device)[None]
@@ -206,18 +206,19 @@ def score_ours():
 
     def repeat():
         with pick_autocast(dtype, device):
-            score_completions(model, pairs)
+            return score_completions(model, pairs)[0].tolist()
 
     return repeat, items
 
 
 def score_one_at_a_time(rows=1, autocast=None):
-    """One batch of `rows` completions, padded to the longest, after the other: the whole logits of each row."""
+    """One batch of `rows` completions, padded to the longest, after the other, with all their logits."""
     model, pairs = new_model().to(device).eval(), score_pairs()
     autocast = autocast or pick_autocast(dtype, device)
 
     @torch.no_grad()
     def repeat():
+        sums = []
         for i in range(0, len(pairs), rows):
             texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + rows]]
             idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
@@ -225,7 +226,8 @@ def score_one_at_a_time(rows=1, autocast=None):
                 logits = model(idx)
             losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), idx[:, 1:], reduction="none")
             for row, (context, ending) in zip(losses, pairs[i : i + rows], strict=True):
-                row[len(context) - 1 : len(context) + len(ending) - 1].sum().item()
+                sums.append(-row[len(context) - 1 : len(context) + len(ending) - 1].sum().item())
+        return sums
 
     return repeat, items
 
@@ -338,8 +340,11 @@ def tiktoken_on_all_cores():
 # -- other people's code ------------------------------------------------------------------------------------
 
 
-def definitions(path, **variables):
-    """A module of the imports, classes and functions of a script, whose other lines are not run."""
+def definitions(clone, name, **variables):
+    """A module of the imports, classes and functions of a script in a clone, whose other lines are not run."""
+    if not clone:
+        sys.exit("there is no clone of it: --nanogpt= or --build_nanogpt= names one")
+    path = os.path.join(clone, name)
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # their hellaswag.py, not ours
     for name in ("hellaswag", "model"):
         sys.modules.pop(name, None)

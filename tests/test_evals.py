@@ -545,15 +545,23 @@ TRAIN += ["--max_steps=4", "--eval_every=0", "--sample_every=0"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, monkeypatch, compiled):
+def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, at_step, compiled):
+    """Compiled: two graphs, training's and validation's, made before step 1; nothing is compiled again."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    at_step(1, lambda: graphs.append(counters["stats"]["unique_graphs"]))
     write_jsonl(tmp_path / "h.jsonl", hellaswag_items(40))
     (tmp_path / "hellaswag").mkdir()
     os.rename(tmp_path / "h.jsonl", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
     write_zip(tmp_path / "ewok_fast_jsonl.zip", members()[1])
     run(
         "train_gpt2.py", *TRAIN, "--hellaswag_every=2", "--ewok_every=4", "--hellaswag_limit=30",
-        f"--compile={compiled}",
+        f"--compile={compiled}", "--eval_every=2", "--sample_every=2",
     )  # fmt: skip
+    assert [*graphs, counters["stats"]["unique_graphs"]] == ([2, 2] if compiled else [0, 0])
     hella, scores = (read_log(tmp_path / "log", kind) for kind in ("hella", "ewok"))
     assert list(hella) == [0, 2, 4] and list(scores) == [0, 4]
 

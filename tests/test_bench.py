@@ -1,0 +1,80 @@
+"""bench.py: the table, and that its contenders do the same work."""
+
+import re
+
+import pytest
+import torch
+
+import bench
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--B=1", "--T=16", "--rounds=1", "--dtype=float32"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """bench's settings, for a model that takes no time."""
+    for key, value in dict(
+        n_layer=2, n_head=2, n_embd=32, B=2, T=16, items=3, device="cpu", dtype="float32"
+    ).items():
+        monkeypatch.setattr(bench, key, value)
+
+
+def test_the_table(spawn):
+    result = spawn("bench.py", *TINY, "--what=train,start", "--against=limit,nanoGPT,step")
+    assert result.returncode == 0, result.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in result.stdout.splitlines()
+        if line[:1] == "|"
+    ]
+    assert rows[0] == ["what", "ours", "beside it", "theirs", "ratio", "peak memory"]
+    (limit,) = (row for row in rows if row[2] == "limit: matrix product")
+    ours, theirs = (float(re.match(r"[\d,.]+", cell)[0].replace(",", "")) for cell in (limit[1], limit[3]))
+    assert 0 < ours < theirs
+    assert float(limit[4].strip("*")) == pytest.approx(ours / theirs, abs=0.02)
+    assert re.fullmatch(r"[\d.]+ / [\d.]+ GB = [\d.]+", limit[5])
+    assert [row[3] for row in rows if row[2] == "nanoGPT"] == [
+        "left out: there is no clone of it: --nanogpt= or --build_nanogpt= names one"
+    ]
+    assert any(row[0] == "start" and row[2] == "at step 0" for row in rows)
+
+
+def test_unknown_part(run):
+    with pytest.raises(SystemExit, match=r"--what=trane: choose among train,sample"):
+        run("bench.py", "--what=trane")
+
+
+def test_transformers_has_our_weights(tiny):
+    ours, theirs = bench.new_model().eval(), bench.transformers_model(torch.float32).eval()
+    x = torch.randint(bench.VOCAB, (2, 16))
+    torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_every_way_to_score_gives_the_same(tiny):
+    ours = bench.score_ours()[0]()
+    assert len(ours) == 12
+    for rows in (1, 4):
+        assert bench.score_one_at_a_time(rows)[0]() == pytest.approx(ours, abs=1e-3)
+
+
+def test_other_peoples_scripts_are_not_run(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n"
+    )
+    assert bench.definitions(str(tmp_path), "theirs.py", extra=3).GPT.size == pytest.approx(3.14159, abs=1e-4)
+
+
+def test_packed_weights_change_nothing():
+    import sample
+
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("packs weights only where the CPU multiplies bfloat16")
+    plain, packed = (bench.GPT(bench.GPTConfig(64, 257, 2, 2, 64)) for _ in range(2))
+    packed.load_state_dict(plain.state_dict())
+    plain, packed = plain.bfloat16().eval(), sample.ready(packed, torch.bfloat16)
+    idx = torch.randint(257, (1, 10))
+    for a, b in zip(
+        plain.generate(idx, 40, 3, temperature=0), packed.generate(idx, 40, 3, temperature=0), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert sum(isinstance(m, sample.PackedLinear) for m in packed.modules()) == 9
