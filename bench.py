@@ -293,11 +293,14 @@ def tokenize_pool():
 
 
 def open_order():
-    """The order of shards of 200M tokens, one for validation; they are sparse files of zeros."""
-    for split in ("val_000000", "train_000001"):
-        path = f"{scratch}/zeros_{split}.npy"
-        if not os.path.exists(path):
-            np.lib.format.open_memmap(path, "w+", np.uint16, (100_000_000,)).flush()
+    """The order of two shards of 100M tokens, one for validation; they are sparse files of zeros."""
+    names = {"val": "zeros_val_000000.npy", "train": "zeros_train_000001.npy"}
+    if not os.path.exists(f"{scratch}/meta.json"):
+        for name in names.values():
+            np.lib.format.open_memmap(f"{scratch}/{name}", "w+", np.uint16, (100_000_000,)).flush()
+        shards = [{"file": name, "split": split} for split, name in names.items()]
+        with open(f"{scratch}/meta.json", "w") as f:
+            json.dump({"tokenizer": "bytes", "complete": True, "shards": shards}, f)
     return TrainOrder(Shards(scratch), T, seed=1337)
 
 
