@@ -65,7 +65,8 @@ from shards import (
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
-preset = "auto"  # tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl; auto: gpt2 if data_dir has shards, else tiny
+preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large or -xl; auto: gpt2 if there are shards, else tiny
+
 data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py; a mixture is a:0.7,b:0.3
 log_dir = "log"  # where logs and checkpoints go
 resume = False  # go on with the run in log_dir, if there is one, with its settings
@@ -128,14 +129,20 @@ activation_checkpointing = (
     False  # keep less for the backward pass and compute it again: less memory, a third slower
 )
 
+MODERN = dict(
+    pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False,
+    optimizer="muon", schedule="wsd", min_lr=0.0,
+)  # fmt: skip
+
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
-    "tiny": dict(
-        n_layer=3, n_head=2, n_embd=128, B=12, T=64, total_batch_size=768,
-        max_steps=3000, warmup_steps=100, max_lr=4e-3, min_lr=1e-4, beta2=0.99,
-        eval_every=500, hellaswag_every=0, ewok_every=0, save_every=1000,
-        sample_every=500, sample_prompt="\n", sample_tokens=160,
+    "tiny": MODERN | dict(
+        n_layer=3, n_head=2, n_embd=128, B=8, T=128, total_batch_size=1024,
+        max_steps=1900, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
+        eval_every=380, hellaswag_every=0, ewok_every=0, save_every=950,
+        sample_every=380, sample_prompt="\n", sample_tokens=160,
     ),
+    "modern": MODERN | dict(max_lr=2e-3),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, B=16, max_lr=2.5e-4, min_lr=2.5e-5),

@@ -20,7 +20,7 @@ def tiny(monkeypatch):
 
 
 def test_the_table(spawn):
-    result = spawn("bench.py", *TINY, "--what=train,load", "--against=limit,nanoGPT,training")
+    result = spawn("bench.py", *TINY, "--what=train", "--against=limit,nanoGPT")
     assert result.returncode == 0, result.stderr
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -36,7 +36,15 @@ def test_the_table(spawn):
     assert [row[3] for row in rows if row[2] == "nanoGPT"] == [
         "left out: there is no clone of it: --nanogpt= or --build_nanogpt= names one"
     ]
-    assert any(row[0] == "load" and row[2] == "training" and float(row[4].strip("*")) > 1 for row in rows)
+
+
+def test_loading_and_starting(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "scratch", str(tmp_path))
+    repeat, tokens = bench.load_a_step()
+    repeat()
+    assert tokens == 524_288
+    for step in (0, 1_000_000):
+        assert bench.start_at(step)[0]().shape == (2, 17)
 
 
 def test_unknown_part(run):
