@@ -139,8 +139,8 @@ def drain(tokens):
 def sample_ours(num_samples=1):
     model = sample.ready(new_model().to(device), pick_dtype(dtype, device))
     idx = torch.arange(16, device=device)[None]
-    repeat = lambda: drain(model.generate(idx, max_new_tokens, num_samples, temperature=0.8, top_k=200))  # noqa: E731
-    return repeat, max_new_tokens * num_samples
+    how = {"num_samples": num_samples, "temperature": 0.8, "top_k": 200}
+    return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens * num_samples
 
 
 def sample_transformers(precision=None):

@@ -317,6 +317,8 @@ def draw_wpe():
 
     folder = logs.split(",")[0].strip()
     model, _ = load_model(ckpt, "cpu", folder)
+    if model.config.pos != "learned":
+        sys.exit(f"--ckpt={ckpt}: has no position embeddings, its positions are pos={model.config.pos}")
     wpe = model.transformer.wpe.weight.detach().numpy()  # (block_size, n_embd)
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")

@@ -80,6 +80,7 @@ def main():
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = torch.Generator(where).manual_seed(seed)
 
+    @torch.inference_mode()
     def sample(start):
         print(start, end="", flush=True)
         texts = [start] * num_samples
@@ -92,8 +93,7 @@ def main():
                 f.write("".join(f"{text}\n{RULE}\n" for text in texts))
 
     if not interactive:
-        sample(start)
-        return
+        return sample(start)
     try:
         while line := input("prompt> "):
             sample(line)

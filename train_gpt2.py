@@ -3,6 +3,7 @@
     python train_gpt2.py                                  # no shards yet: a demo of a minute on a laptop
     python train_gpt2.py --data_dir=my_shards --B=16      # one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --max_steps=57219
+    python train_gpt2.py --preset=modern                  # what came after GPT-2, at its size
     python train_gpt2.py --resume                         # go on where log/ stopped, or start
     python train_gpt2.py --init_from=gpt2 --max_lr=3e-5 --min_lr=3e-6 --warmup_steps=50   # fine-tune
     python train_gpt2.py --eval_only=True --ckpt=gpt2     # validation loss of any model
@@ -66,7 +67,6 @@ from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
 preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large or -xl; auto: gpt2 if there are shards, else tiny
-
 data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py; a mixture is a:0.7,b:0.3
 log_dir = "log"  # where logs and checkpoints go
 resume = False  # go on with the run in log_dir, if there is one, with its settings
@@ -401,8 +401,8 @@ def main(given):
         enc = shards.enc
         config = GPTConfig(T, enc.n_vocab, n_layer, n_head, n_embd, pos, norm, mlp, qk_norm, bias)
         raw_model = GPT(config)
-    compiled = pick_compile(compile, where)
-    if fsdp and world_size > 1:
+    compiled, sharded = pick_compile(compile, where), fsdp and world_size > 1
+    if sharded:
         if precision == torch.float16:
             sys.exit("--fsdp=True: not in float16; use --dtype=bfloat16 or float32")
         shard(raw_model, precision, compiled)  # which takes it to the device as well
@@ -428,7 +428,6 @@ def main(given):
         say(f"resuming {log_dir} at step {start_step}{logdir.changes(saved, given)}")
     if not all_agree(start_step == from_rank_0(start_step, where), where):
         sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
-    sharded = fsdp and world_size > 1
     model = torch.compile(raw_model) if compiled and not sharded else raw_model
     train_model = model
     if world_size > 1 and not sharded:
