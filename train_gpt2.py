@@ -89,9 +89,7 @@ T = 1024  # context: tokens a sequence
 total_batch_size = 524_288  # tokens a step, over all devices and micro-batches
 # optimizer and schedule
 optimizer = "adamw"  # or muon, for the matrices of the blocks (and AdamW for the rest)
-schedule = (
-    "cosine"  # from max_lr to min_lr; wsd: max_lr until the cooldown; plateau: wsd that ends when it stalls
-)
+schedule = "cosine"  # or wsd: max_lr, then a cooldown to min_lr; plateau: wsd that ends when it stalls
 cooldown_steps = 1900  # of wsd and plateau: linear from max_lr to min_lr
 patience = 8  # of plateau: the cooldown begins when so many validation losses have brought no gain of 0.002
 max_steps = 19_073  # 1 epoch of 10B tokens at 0.5M tokens a step
@@ -122,11 +120,9 @@ data_timeout = 60.0  # end when shards are missing and fineweb.py has been silen
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
-fsdp = (
-    False  # divide weights, gradients and optimizer among the processes, for models that one card cannot hold
-)
+fsdp = False  # divide weights, gradients and optimizer among the processes: for models too large for a card
 activation_checkpointing = (
-    False  # keep less for the backward pass and compute it again: less memory, a third slower
+    False  # keep less for the backward pass and compute it again: saves memory, costs time
 )
 
 MODERN = dict(

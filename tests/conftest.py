@@ -14,6 +14,7 @@ import torch
 torch.set_num_threads(1)  # the models are tiny, and two busy processes on two cores slow each other down
 
 ROOT = Path(__file__).resolve().parent.parent
+GPT2 = ["--pos=learned", "--norm=layernorm", "--mlp=gelu", "--qk_norm=False", "--bias=True"]  # the parts
 TEXT = "".join(
     f"Chapter {i}. The {a} {b} went over the {c} hill, and {i * 37 % 101} people saw it go.\n"
     for i, (a, b, c) in enumerate(

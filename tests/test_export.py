@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import tokenizer as tokenizer_module
-from conftest import TEXT, read_log
+from conftest import GPT2, TEXT, read_log
 from model import GPT, GPTConfig, load_model
 from test_model import hf_model
 from tokenizer import EOT, PATTERNS, load_tokenizer, tokenizer_state, train
@@ -226,7 +226,7 @@ def test_the_whole_chain(run, tmp_path):
     assert 3 < rate < 12
     run("fineweb.py", "--dataset=texts.jsonl", "--tokenizer=own.json", "--out_dir=shards")
     small = "--preset=tiny --data_dir=shards --n_layer=1 --n_embd=32 --T=16 --B=8 --total_batch_size=256"
-    run("train_gpt2.py", *small.split(), "--max_steps=60", "--eval_every=30", "--dtype=float32")
+    run("train_gpt2.py", *small.split(), "--max_steps=60", "--eval_every=30", "--dtype=float32", *GPT2)
     losses = read_log(tmp_path / "log", "val")
     assert losses[60] < losses[0] - 1
     assert run("sample.py", "--prompt=The old", "--max_new_tokens=20").startswith("The old")

@@ -185,7 +185,7 @@ def test_stream_text_ends_at_endoftext_and_joins_split_characters():
     script = [*"é".encode(), *"日".encode(), 256, 65], [65, 66, 67, 68, 69, 70, 71]
 
     class Scripted:
-        lm_head = torch.nn.Linear(1, 1)
+        transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(1, 1)})
 
         def generate(self, idx, max_new_tokens, num_samples, vocab_size):
             assert idx.tolist() == [[256]] and vocab_size == 257

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import plot
-from conftest import read_log
+from conftest import GPT2, read_log
 
 
 def write_log(folder, steps, tokenizer="gpt2", dataset="fineweb-edu", every=10, metrics=True):
@@ -120,7 +120,7 @@ def test_smoothing_is_the_mean_of_the_window():
 
 def test_a_real_log_and_its_position_embeddings(run, shards, tmp_path, figure):
     args = "--preset=tiny --data_dir=shards --n_layer=1 --n_embd=32 --T=16 --B=8 --total_batch_size=256"
-    run("train_gpt2.py", *args.split(), "--max_steps=20", "--eval_every=5")
+    run("train_gpt2.py", *args.split(), "--max_steps=20", "--eval_every=5", *GPT2)
     run("plot.py")
     assert list(figure["axes"]) == ["loss", "learning rate", "gradient norm", "throughput"]
     assert labels(figure["axes"]["loss"]) == ["train", "val"]

@@ -19,7 +19,7 @@ import torch
 import device as device_module
 import fineweb
 import shards as shards_module
-from conftest import ROOT, TEXT, read_jsonl, read_log
+from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_checkpoint, load_model
 from tokenizer import load_tokenizer
@@ -28,8 +28,7 @@ SMALL = [
     "--preset=tiny", "--data_dir=shards", "--n_layer=2", "--n_head=2", "--n_embd=32", "--T=32", "--B=4",
     "--total_batch_size=512", "--max_steps=8", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
     "--beta2=0.95", "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
-    "--pos=learned", "--norm=layernorm", "--mlp=gelu", "--qk_norm=False", "--bias=True",
-    "--optimizer=adamw", "--schedule=cosine", "--weight_decay=0.1",
+    *GPT2, "--optimizer=adamw", "--schedule=cosine",
 ]  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def test_a_run_and_its_files(run, shards, tmp_path):
     assert state.keys() == {"model", "config", "step", "val_loss", "settings", "tokenizer"}
     assert (state["step"], state["tokenizer"], state["settings"]["max_steps"]) == (60, "bytes", 60)
     assert state["val_loss"] == pytest.approx(val[60], abs=1e-4)
-    assert state["config"] == dict(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    assert state["config"] == vars(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32))
 
     # the loss of the checkpoint, by the trainer and token by token
     printed = run(
@@ -149,12 +148,12 @@ def test_micro_batch_does_not_change_the_run(run, shards, tmp_path, args):
 
 
 def test_the_micro_batch_gives_way(run, shards, tmp_path):
-    """The preset's 12 sequences do not go into 10: B is lowered, unless it was asked for."""
+    """The preset's 8 sequences do not go into 10: B is lowered, unless it was asked for."""
     out = run(
         "train_gpt2.py", *[arg for arg in SMALL if arg != "--B=4"], "--max_steps=1", "--total_batch_size=320"
     )
-    assert "--B=10, which divides the 320 tokens of a step evenly" in out
-    assert load_checkpoint(str(tmp_path / "log" / "model_00001.pt"))["settings"]["B"] == 10
+    assert "--B=5, which divides the 320 tokens of a step evenly" in out
+    assert load_checkpoint(str(tmp_path / "log" / "model_00001.pt"))["settings"]["B"] == 5
 
 
 def test_processes_do_not_change_the_run(run, spawn, shards, tmp_path):
@@ -206,7 +205,7 @@ def test_resume_under_other_conditions(run, shards, tmp_path, at_step):
         f.write("5 tr")
     with open(tmp_path / "log" / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "ki')
-    with pytest.raises(SystemExit, match=r"--n_layer=5: the model to resume has 2; leave it out"):
+    with pytest.raises(SystemExit, match=r"--n_layer=5: the run to resume has 2; leave it out"):
         run("train_gpt2.py", "--resume", "--n_layer=5")
     out = run("train_gpt2.py", "--resume", "--dtype=float16", "--weight_decay=0.5", "--beta2=0.9")
     assert (
@@ -679,7 +678,7 @@ def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
     [
         (["--max_step=5"], r"there is no setting 'max_step'; did you mean max_steps\?"),
         (["--max_steps=soon"], r"--max_steps=soon: expected a whole number"),
-        (["--preset=huge"], r"--preset=huge: choose auto, tiny, gpt2, "),
+        (["--preset=huge"], r"--preset=huge: choose auto, tiny, modern, gpt2, "),
         (["--data_dir=gone"], r"no shards in gone/: make them with python fineweb\.py --out_dir=gone"),
         (["--preset=gpt2"], r"no shards in edu_fineweb10B/: make them with python fineweb\.py"),
         ([*SMALL, "--B=3"], r"not a multiple of B x T x processes = 3 x 32 x 1 = 96; try --B=2"),
