@@ -121,9 +121,7 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
 fsdp = False  # divide weights, gradients and optimizer among the processes: for models too large for a card
-activation_checkpointing = (
-    False  # keep less for the backward pass and compute it again: saves memory, costs time
-)
+activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, slower
 
 MODERN = dict(
     pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False,
