@@ -43,10 +43,17 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms
 
 
+class RMSNorm(nn.RMSNorm):
+    """https://arxiv.org/abs/1910.07467, in float32 whatever the input and the weight are."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 def new_norm(config, size):
-    """LayerNorm, or RMSNorm (https://arxiv.org/abs/1910.07467), over vectors of `size`."""
+    """The LayerNorm or RMSNorm of a model, over vectors of `size`."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=1e-5)
+        return RMSNorm(size, eps=1e-5)
     return nn.LayerNorm(size, bias=config.bias)
 
 
@@ -73,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
-            self.q_norm, self.k_norm = (nn.RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
+            self.q_norm, self.k_norm = (RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
 
     def forward(self, x, cache=None, pos=0, mask=None, turn=None):
         B, T, C = x.size()
