@@ -1,6 +1,6 @@
 """Train a GPT-2 on token shards, on one device or many.
 
-    python train_gpt2.py                                  # no shards yet: a demo of a minute on a laptop
+    python train_gpt2.py                                  # no shards yet: a demo of a minute or two on a laptop
     python train_gpt2.py --data_dir=my_shards --B=16      # one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --max_steps=57219
     python train_gpt2.py --preset=modern                  # what came after GPT-2, at its size
