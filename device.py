@@ -77,6 +77,13 @@ def start_processes(device):
     return rank, world_size, device
 
 
+def end_processes():
+    """The end of start_processes: leave together, as gloo aborts a process that others leave behind."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def local_first(load):
     """load(), on the first process of each machine before the others, which find what it has fetched."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0

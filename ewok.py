@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import configure
-from device import local_first, pick_autocast, start_processes
+from device import end_processes, local_first, pick_autocast, start_processes
 from model import load_model, score_completions
 
 # -- settings: override any with --key=value --------------------------------------
@@ -240,3 +240,4 @@ def main():
 if __name__ == "__main__":
     configure(globals())
     main()
+    end_processes()
