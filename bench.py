@@ -38,7 +38,8 @@ import sample
 from configurator import configure
 from device import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 from model import GPT, GPTConfig, score_completions
-from shards import Shards, TrainOrder
+from order import TrainOrder
+from shards import Shards
 from tokenizer import load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------

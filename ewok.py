@@ -29,8 +29,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import configure
-from device import end_processes, local_first, pick_autocast, start_processes
+from device import pick_autocast
 from model import load_model, score_completions
+from parallel import end_processes, local_first, start_processes
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder

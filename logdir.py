@@ -18,9 +18,9 @@ import sys
 
 import torch
 
-from device import divided_like
-from model import load_checkpoint
+from parallel import divided_like
 from shards import lock_folder, write_whole
+from weights import load_checkpoint
 
 RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
 

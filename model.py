@@ -11,11 +11,8 @@ GPTConfig's last five fields each exchange one of these parts for what came late
 """
 
 import codecs
-import glob
-import json
 import math
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 
@@ -24,9 +21,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
-
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+from tokenizer import load_tokenizer
+from weights import OPENAI_MODELS, find_checkpoint, load_checkpoint, read_hugging_face, tokenizer_beside
 
 
 @dataclass
@@ -149,11 +145,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         size = 512 if x.device.type == "cpu" else 8192
         w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
         loss = torch.zeros((), device=x.device)
-        dx, dw = (
-            (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
-            if with_gradients
-            else (None, None)
-        )
+        dx = dw = None
+        if with_gradients:
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), size):
             part = slice(i, i + size)
             logits = x[part] @ w.t()
@@ -189,9 +183,7 @@ def check_config(config):
 
 
 class GPT(nn.Module):
-    activation_checkpointing = (
-        False  # True: keep only the blocks' inputs, and compute the rest again for backward
-    )
+    activation_checkpointing = False  # True: keep only the blocks' inputs, compute the rest again for backward
 
     def __init__(self, config):
         super().__init__()
@@ -284,9 +276,9 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
         """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of the blocks.
 
-        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled to
-        the size that AdamW's has, so that learning rate and weight decay are of one kind (https://arxiv.org/abs/2502.16982).
-        Weight decay is on matrices and embeddings only.
+        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled
+        to the size that AdamW's has, so that one learning rate and one weight decay serve both
+        (https://arxiv.org/abs/2502.16982). Weight decay is on matrices and embeddings only.
         """
         hidden = [p for p in self.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
         rest = [p for p in self.parameters() if not any(p is matrix for matrix in hidden)]
@@ -358,36 +350,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT with the weights of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder.
-
-        Reads safetensors or .bin files, whole or sharded, of a GPT2LMHeadModel or a GPT2Model.
-        """
-        folder = download_openai(source) if source in OPENAI_MODELS else source
-        try:
-            with open(os.path.join(folder, "config.json")) as f:
-                hf = json.load(f)
-        except (OSError, ValueError) as e:
-            sys.exit(f"{source}: not a Hugging Face model folder, its config.json cannot be read ({e})")
-        config = config_from_hf(hf, source)
-        tensors = read_hf_tensors(folder)
-        if "wte.weight" in tensors:  # a GPT2Model, without the language-model head
-            tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-        if "transformer.wte.weight" not in tensors:
-            sys.exit(f"{source}: holds no GPT-2, there is no wte.weight among its tensors")
-        wte = tensors["transformer.wte.weight"]
-        if not torch.equal(tensors.pop("lm_head.weight", wte), wte):
-            sys.exit(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
-        state = {}
-        for name, tensor in tensors.items():
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the causal mask, which old transformers versions saved
-            if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-                tensor = tensor.t().contiguous()  # OpenAI's Conv1D holds (in, out)
-            state[name] = tensor.float()
-        padding = -len(wte) % 64
-        state["transformer.wte.weight"] = F.pad(state["transformer.wte.weight"], (0, 0, 0, padding))
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        return cls.from_state_dict(config, state, source)
+        """A GPT with the weights of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder."""
+        config, state = read_hugging_face(source)
+        return cls.from_state_dict(GPTConfig(**config), state, source)
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -496,9 +461,6 @@ def score_completions(model, pairs, batch_tokens=0):
     return sums, torch.tensor([len(completion) for _, completion in pairs])
 
 
-# -- where a model comes from ----------------------------------------------------
-
-
 def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
 
@@ -518,111 +480,3 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
             sys.exit(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
         model, enc = GPT.from_state_dict(config, weights, path), load_tokenizer(tokenizer)
     return model.float().to(device).eval(), enc  # float: export.py can have written it in bfloat16
-
-
-def tokenizer_beside(source, vocab_size):
-    """The tiktoken.Encoding of a Hugging Face folder: its own, or that of the model's vocab_size."""
-    path = os.path.join(source, "tokenizer.json")
-    if os.path.exists(path):
-        enc = load_hugging_face(path)
-        if enc.n_vocab > vocab_size:
-            sys.exit(f"{source}: its tokenizer has {enc.n_vocab} tokens, its model only {vocab_size}")
-        return enc
-    if os.path.exists(os.path.join(source, "vocab.json")):
-        return load_vocab_json(os.path.join(source, "vocab.json"))
-    names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
-    if vocab_size not in names:
-        sys.exit(
-            f"{source}: no tokenizer.json, and {vocab_size} tokens are neither gpt2's vocabulary nor bytes'"
-        )
-    return load_tokenizer(names[vocab_size])
-
-
-def find_checkpoint(ckpt, log_dir):
-    """The path of a .pt checkpoint; exits if there is none."""
-    if ckpt != "latest":
-        if not os.path.isfile(ckpt):
-            choices = f"latest, {', '.join(OPENAI_MODELS)}, a .pt file or a Hugging Face folder"
-            sys.exit(f"{ckpt}: no such checkpoint; use {choices}")
-        return ckpt
-    found = glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))
-    if not found:
-        sys.exit(f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= names another")
-    return max(found, key=os.path.getmtime)
-
-
-def load_checkpoint(path, mmap=False):
-    """The dict in a .pt file, on the CPU. Plain tensors and values only: a file with code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
-    except Exception as e:  # torch's reader raises whatever its parts do on a file that is none
-        sys.exit(f"{path}: not a whole checkpoint file ({str(e).partition(chr(10))[0] or type(e).__name__})")
-
-
-def download_openai(name):
-    """The local folder of OpenAI's weights, from the Hugging Face cache or, once, its hub."""
-    from huggingface_hub import constants, hf_hub_download
-
-    for file in ("config.json", "model.safetensors"):
-        for cached in (True, False):  # the weights never change: what is in the cache needs no network
-            try:
-                path = hf_hub_download(f"openai-community/{name}", file, local_files_only=cached)
-                break
-            except (OSError, ValueError) as e:
-                if not cached:
-                    sys.exit(
-                        f"cannot get {file} of openai-community/{name}: it is not in {constants.HF_HUB_CACHE}, "
-                        f"and the hub cannot be reached ({type(e).__name__}): go online once, or name a folder "
-                        "that holds it"
-                    )
-    return os.path.dirname(path)
-
-
-def config_from_hf(hf, source):
-    """The GPTConfig of a Hugging Face config.json; exits for what is not GPT-2 as released."""
-    released = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, value in released.items():
-        if hf.get(key, value) != value:
-            sys.exit(f"{source}: its config.json says {key}={hf[key]}; GPT-2 as released has {value}")
-    try:
-        config = GPTConfig(*(hf[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")))
-    except KeyError as e:
-        sys.exit(f"{source}: its config.json has no {e}")
-    if hf.get("n_inner") not in (None, 4 * config.n_embd):
-        sys.exit(f"{source}: its config.json says n_inner={hf['n_inner']}; GPT-2 as released has 4 * n_embd")
-    return config
-
-
-def read_hf_tensors(folder):
-    """{name: tensor} of all weights in a Hugging Face folder, safetensors before .bin."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        path = os.path.join(folder, stem)
-        paths = [path]
-        if os.path.exists(path + ".index.json"):
-            try:
-                with open(path + ".index.json") as f:
-                    names = sorted(set(json.load(f)["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError) as e:
-                sys.exit(f"{path}.index.json: cannot be read ({type(e).__name__}: {e})")
-            paths = [os.path.join(folder, name) for name in names]
-        if paths != [path] or os.path.exists(path):
-            tensors = {}
-            for path in paths:
-                try:
-                    tensors |= load_file(path) if path.endswith(".safetensors") else load_checkpoint(path)
-                except (OSError, SafetensorError) as e:
-                    sys.exit(f"{path}: cannot be read ({e})")
-            return tensors
-    sys.exit(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, whole or sharded")

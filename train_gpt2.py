@@ -11,7 +11,7 @@
 The defaults are the run of build-nanogpt: GPT-2 124M, 0.5M tokens a step, GPT-3's schedule. Writes to
 log/: log.txt ("<step> <kind> <value>" lines), metrics.jsonl (everything else), model_<step>.pt (the
 model) and resume.pt (what only training needs). Which tokens are in a step is the same for any number
-of processes and any B: see shards.py. Step s is logged before its update, so model_00250.pt has had
+of processes and any B: see order.py. Step s is logged before its update, so model_00250.pt has had
 250 updates and `250 val` is its loss.
 """
 
@@ -35,34 +35,13 @@ from tqdm import tqdm
 import ewok
 import hellaswag
 import logdir
+import parallel
 from configurator import configure, current_settings, read_settings
-from device import (
-    all_agree,
-    all_finite,
-    from_rank_0,
-    gather,
-    local_first,
-    peak_flops,
-    pick_autocast,
-    pick_compile,
-    pick_dtype,
-    release,
-    shard,
-    start_processes,
-    whole,
-)
+from device import peak_flops, pick_autocast, pick_compile, pick_dtype
 from fineweb import write_demo_shards
 from model import GPT, GPTConfig, load_model, stream_text
-from shards import (
-    Mixture,
-    Shards,
-    TrainOrder,
-    has_shards,
-    parse_mixture,
-    read_meta,
-    read_windows,
-    val_windows,
-)
+from order import Mixture, TrainOrder, parse_mixture, read_windows, val_windows
+from shards import Shards, has_shards, read_meta
 from tokenizer import token_byte_lengths, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
@@ -192,29 +171,6 @@ def stalled(losses):
     return bool(before) and min(recent) > min(before) - 0.002
 
 
-def shares(muon):
-    """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on."""
-    return sorted(muon.param_groups[0]["params"], key=torch.numel, reverse=True)
-
-
-@torch.no_grad()
-def spread(tensors):
-    """Send each tensor from the rank that has it, by its place in the list, to all others."""
-    works = [dist.broadcast(t, i % dist.get_world_size(), async_op=True) for i, t in enumerate(tensors)]
-    for work in works:
-        work.wait()
-
-
-def step_together(muon, scaler, rank, world_size):
-    """A step of Muon in which each rank orthogonalises its share of the matrices, and tells the others."""
-    matrices = shares(muon)
-    for i, p in enumerate(matrices):
-        if i % world_size != rank:
-            p.grad = None
-    scaler.step(muon)
-    spread(matrices)
-
-
 @torch.no_grad()
 def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     """Validation loss over the first max_tokens validation tokens, the batches divided among ranks.
@@ -317,10 +273,10 @@ def load_eval_items(name, load, where, say):
     """The items of an eval; None, after a warning, if a process cannot have them: the run goes on."""
     items, why = None, "another process has none"
     try:
-        items = local_first(load)
+        items = parallel.local_first(load)
     except SystemExit as e:
         why = e
-    if not all_agree(items, where):
+    if not parallel.all_agree(items, where):
         say(f"warning: this run goes without {name}: {why}")
         return None
     return items
@@ -347,7 +303,7 @@ def resume_command(world_size):
 
 def main(given):
     check_settings()
-    rank, world_size, where = start_processes(device)
+    rank, world_size, where = parallel.start_processes(device)
     master = rank == 0
     say = print if master else lambda *args, **kwargs: None
     device_type = where.split(":")[0]
@@ -362,7 +318,7 @@ def main(given):
     if eval_only:
         model, enc = load_model(ckpt, where, log_dir)
     if data_dir == DEMO_DIR and "data_dir" not in given:
-        local_first(make_demo_data)
+        parallel.local_first(make_demo_data)
     mixture = parse_mixture(data_dir)
     sources, weights = [Shards(folder) for folder in mixture], list(mixture.values())
     shards = sources[0]
@@ -399,7 +355,7 @@ def main(given):
     if sharded:
         if precision == torch.float16:
             sys.exit("--fsdp=True: not in float16; use --dtype=bfloat16 or float32")
-        shard(raw_model, precision, compiled)  # which takes it to the device as well
+        parallel.shard(raw_model, precision, compiled)  # which takes it to the device as well
     raw_model.to(where).train()
     raw_model.activation_checkpointing = activation_checkpointing
     optimizers = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
@@ -420,7 +376,7 @@ def main(given):
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         say(f"resuming {log_dir} at step {start_step}{logdir.changes(saved, given)}")
-    if not all_agree(start_step == from_rank_0(start_step, where), where):
+    if not parallel.all_agree(start_step == parallel.from_rank_0(start_step, where), where):
         sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
     model = torch.compile(raw_model) if compiled and not sharded else raw_model
     train_model = model
@@ -472,12 +428,15 @@ def main(given):
             os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
 
     def asked_to_stop():
-        return not all_agree(not stop_requests, where)
+        return not parallel.all_agree(not stop_requests, where)
+
+    def all_complete():
+        return parallel.all_agree(all(source.complete for source in sources), where)
 
     for signal_name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, signal_name), request_stop)
     stopping, save_now = False, False
-    waiting = not all_agree(all(source.complete for source in sources), where)  # for more shards to come
+    waiting = not all_complete()  # for more shards to come
     for source in sources:
         if not source.complete:
             found = f"{len(source.train)} training shards now, more as fineweb.py goes on"
@@ -490,21 +449,23 @@ def main(given):
         abandoned = False
         if waiting and not stopping and step < max_steps:
             last, told = sequence + sequences - 1, False
-            while not (all_agree(order.has(last), where) or stopping):  # together, so that none waits alone
+            while not (parallel.all_agree(order.has(last), where) or stopping):  # none waits alone
                 if not told:
                     there = ", ".join(f"{len(s.train)} in {s.data_dir}" for s in sources if not s.complete)
                     say(f"waiting for fineweb.py to write the next training shard: there are {there}")
                 told = True
                 time.sleep(5)
                 stopping = asked_to_stop()
-                abandoned = not stopping and not all_agree(order.silence() < 60 * data_timeout, where)
+                abandoned = not stopping and not parallel.all_agree(order.silence() < 60 * data_timeout, where)
                 stopping = stopping or abandoned
-            waiting = not all_agree(all(source.complete for source in sources), where)
+            waiting = not all_complete()
         val_loss = None  # of this step, if it is measured
 
         # Once in a while: the validation loss, the evals, a sample, what has been read
-        evaluating = evaluated_step != step and not stopping
-        gather(raw_model)
+        kinds = (eval_every, hellaswag_every, ewok_every, sample_every, exposure_every)
+        evaluating = evaluated_step != step and not stopping and any(due(every, step) for every in kinds)
+        if evaluating:
+            parallel.gather(raw_model)
         if evaluating and due(eval_every, step) and all(source.val for source in sources):
             result = evaluate_sources(model, sources, weights, B, T, val_tokens, autocast, rank, world_size)
             val_loss = result["loss"]
@@ -542,24 +503,14 @@ def main(given):
                     log.note(step, "exposure", file="exposure.jsonl", **read)
                 exposed = sequence
             evaluated_step = step
-        release(raw_model)
+        if evaluating:
+            parallel.release(raw_model)
 
         # Save what the next process needs to go on as if nothing had happened
         save_now = save_now or stopping or step == last_step or (step and due(save_every, step))
         if save_now and (step, evaluated_step) != last_save:
-            logdir.check_finite(log_dir, step, all_finite(raw_model.parameters(), where))
-            if optimizer == "muon" and world_size > 1:  # each rank has the momentum of its own matrices only
-                matrices = shares(optimizers[1])
-                spread(
-                    [
-                        optimizers[1].state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                        for p in matrices
-                    ]
-                )
-            weights_now, optimizers_now = raw_model.state_dict(), [opt.state_dict() for opt in optimizers]
-            if sharded:
-                weights_now, optimizers_now = whole(weights_now), whole(optimizers_now)
-                weights_now["lm_head.weight"] = weights_now["transformer.wte.weight"]
+            logdir.check_finite(log_dir, step, parallel.all_finite(raw_model.parameters(), where))
+            weights_now, optimizers_now = parallel.state_dicts(raw_model, optimizers)
             if master:
                 model_state = {
                     "model": weights_now,
@@ -589,8 +540,7 @@ def main(given):
             last_save, saved_at = (step, evaluated_step), time.monotonic()
         save_now = False
         if stopping or step == last_step:
-            if world_size > 1:
-                dist.barrier()  # leave together: gloo aborts a process that ends while rank 0 still saves
+            parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
             if abandoned:
                 sys.exit(
                     f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved: start "
@@ -602,7 +552,7 @@ def main(given):
                 say(f"done; see what it writes: python sample.py --log_dir={log_dir}")
             break
 
-        # The update: forward and backward for each micro-batch, then one step of AdamW
+        # The update: forward and backward for each micro-batch, then one step of the optimizers
         t0 = time.perf_counter()
         lr = get_lr(step, last_step)
         sums = torch.zeros(3, device=where)  # of the loss, of requests to stop, of wishes to save
@@ -629,10 +579,8 @@ def main(given):
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-            if not bad and world_size > 1 and isinstance(opt, torch.optim.Muon):
-                step_together(opt, scaler, rank, world_size)
-            elif not bad:
-                scaler.step(opt)
+            if not bad:
+                parallel.step_optimizer(opt, scaler)
             opt.zero_grad(set_to_none=True)
         scaler.update()
 

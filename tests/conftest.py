@@ -104,7 +104,7 @@ def shards(tmp_path):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(k, action): call action when the trainer asks for the data of step k."""
-    from shards import Mixture, TrainOrder
+    from order import Mixture, TrainOrder
 
     batches = TrainOrder.batches
 

@@ -15,7 +15,8 @@ import export
 from conftest import TEXT, read_jsonl, read_log
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_checkpoint, score_completions
-from shards import Mixture, Shards, TrainOrder, parse_mixture
+from order import Mixture, TrainOrder, parse_mixture
+from shards import Shards
 from test_train import SMALL, assert_same_run
 from tokenizer import load_tokenizer
 

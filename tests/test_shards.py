@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from shards import Shards, ShardWriter, TrainOrder, read_windows, val_windows
+from order import TrainOrder, read_windows, val_windows
+from shards import Shards, ShardWriter
 from tokenizer import load_tokenizer
 
 ENC = load_tokenizer("bytes")
@@ -212,7 +213,9 @@ def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, m
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):
     """Peak memory of reading 2 MB of shards and of reading 80 MB, each from end to end, by a new process."""
-    code = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from shards import *\n"
+    code = (
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from order import *; from shards import *\n"
+    )
     code += "order = TrainOrder(Shards(sys.argv[1]), 1000, 0)\n"
     code += "assert sum(len(x) for x in order.batches(0, order.per_epoch // 3 * 3, 3)) > 990\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -18,10 +18,11 @@ import torch
 
 import device as device_module
 import fineweb
-import shards as shards_module
+import order as order_module
 from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_checkpoint, load_model
+from shards import Shards
 from tokenizer import load_tokenizer
 
 SMALL = [
@@ -119,7 +120,7 @@ def test_steps_equal_a_plain_loop(run, shards, tmp_path):
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
         betas=(0.9, 0.95), eps=1e-8, foreach=False,
     )  # fmt: skip
-    order = shards_module.TrainOrder(shards_module.Shards("shards"), 32, 1337)
+    order = order_module.TrainOrder(Shards("shards"), 32, 1337)
     expected = {}
     for step in range(8):
         lr = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / 6)) / 2
@@ -264,8 +265,8 @@ def test_a_scheduler_stops_the_run(run, shards, tmp_path, at_step, signum):
 
 def test_a_second_interrupt_stops_at_once(shards, tmp_path):
     args = [*SMALL, "--max_steps=100000", "--save_every=50", "--eval_every=0"]
-    code = "import runpy, sys, time, shards\n"
-    code += "shards.TrainOrder.locate = lambda self, n: time.sleep(0 if n < 960 else 5) or (0, 0, 0)\n"
+    code = "import order, runpy, sys, time\n"
+    code += "order.TrainOrder.locate = lambda self, n: time.sleep(0 if n < 960 else 5) or (0, 0, 0)\n"
     code += f"sys.argv = {['train_gpt2.py', *args]}\n"
     code += f"runpy.run_path('{ROOT}/train_gpt2.py', run_name='__main__')"
     process = subprocess.Popen(
@@ -288,7 +289,7 @@ def test_a_second_interrupt_stops_at_once(shards, tmp_path):
 def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
     """What was being evaluated is evaluated again, and logged once."""
     run("train_gpt2.py", *SMALL)
-    real = shards_module.val_windows
+    real = order_module.val_windows
     for step in (0, 3, 8):
         calls = []
 
@@ -298,10 +299,10 @@ def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args)
 
-        monkeypatch.setattr(shards_module, "val_windows", stop)
+        monkeypatch.setattr(order_module, "val_windows", stop)
         out = run("train_gpt2.py", *SMALL, f"--log_dir=stopped{step}")
         assert f"saved stopped{step}/model_{step:05d}.pt\nstopped; go on with" in out
-        monkeypatch.setattr(shards_module, "val_windows", real)
+        monkeypatch.setattr(order_module, "val_windows", real)
         run("train_gpt2.py", "--resume", f"--log_dir=stopped{step}")
         assert_same_run(tmp_path / "log", tmp_path / f"stopped{step}")
 
