@@ -110,10 +110,10 @@ MODERN = dict(
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
     "tiny": MODERN | dict(
-        n_layer=3, n_head=2, n_embd=128, B=8, T=128, total_batch_size=1024,
-        max_steps=1900, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
-        eval_every=380, hellaswag_every=0, ewok_every=0, save_every=950,
-        sample_every=380, sample_prompt="\n", sample_tokens=160,
+        n_layer=3, n_head=2, n_embd=128, B=16, T=128, total_batch_size=2048,
+        max_steps=1000, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
+        eval_every=250, hellaswag_every=0, ewok_every=0, save_every=500,
+        sample_every=250, sample_prompt="\n", sample_tokens=160,
     ),
     "modern": MODERN | dict(max_lr=2e-3),
     "gpt2": {},

@@ -8,6 +8,7 @@ import filecmp
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -65,13 +66,16 @@ def logged(log_dir):
 
 def pytest_generate_tests(metafunc):
     if "nproc" in metafunc.fixturenames:
-        runs = [(1, "bfloat16"), (2, "float32"), (1, "float32"), (2, "bfloat16")]
-        metafunc.parametrize(("nproc", "dtype"), runs if metafunc.config.getoption("kills") > 1 else runs[:2])
+        mix = "shards:0.7,more:0.3"
+        runs = [(1, "bfloat16", "shards"), (2, "float32", mix), (1, "float32", mix), (2, "bfloat16", "shards")]
+        few = metafunc.config.getoption("kills") == 1
+        metafunc.parametrize(("nproc", "dtype", "data_dir"), runs[:2] if few else runs)
 
 
-def test_trainer(request, shards, tmp_path, nproc, dtype):
+def test_trainer(request, shards, tmp_path, nproc, dtype, data_dir):
     kills = request.config.getoption("kills")
-    args = ["train_gpt2.py", *RUN, f"--dtype={dtype}", f"--max_steps={120 * kills}"]
+    shutil.copytree(shards, tmp_path / "more")
+    args = ["train_gpt2.py", *RUN, f"--data_dir={data_dir}", f"--dtype={dtype}", f"--max_steps={120 * kills}"]
     finish(tmp_path, *args, "--log_dir=untouched", nproc=nproc)
     rng = random.Random(f"{nproc} {dtype}")
     killed = resumed = lost = 0
@@ -89,7 +93,7 @@ def test_trainer(request, shards, tmp_path, nproc, dtype):
             assert (tmp_path / "log" / f"model_{saved:05d}.pt").exists()
             lost = max(lost, logged(tmp_path / "log") - saved)
     finish(tmp_path, *args, nproc=nproc)
-    print(f"\n{nproc} x {dtype}: {killed} kills, {resumed} resumed, at most {lost} steps lost")
+    print(f"\n{nproc} x {dtype}, {data_dir}: {killed} kills, {resumed} resumed, at most {lost} steps lost")
     assert killed and resumed and lost <= 7
     assert_same_run(tmp_path / "untouched", tmp_path / "log", 120 * kills)
     for name in ("exposure.jsonl", "log.txt"):
