@@ -69,17 +69,6 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def computed_again(f, x):
-    """f(x), of which only x is kept for the backward pass: what f makes on the way is computed again there.
-
-    f is cheap but for the matrix product it ends with, which is not done again: 124M trains in a tenth less
-    memory and in the same time (2 cores, 4,096 tokens). torch.compile decides such things by itself.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return f(x)
-    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -89,11 +78,11 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
             self.q_norm, self.k_norm = (RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
 
-    def forward(self, qkv, cache=None, pos=0, mask=None, turn=None):
-        """qkv (B, T, 3C), which is c_attn's, to (B, T, C)."""
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        # (B, T, 3C) -> 3 x (B, nh, T, hs)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
+    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        # (B, T, C) -> (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if turn is not None:
@@ -105,9 +94,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, :, : pos + T]
             q = q.to(cache.dtype)
             if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
-                mask = torch.ones(T, pos + T, dtype=torch.bool, device=q.device).tril(pos)
+                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and pos == 0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -121,7 +110,14 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd, config.bias)
 
     def forward(self, x):
-        """x (B, T, width), which is c_fc's, to (B, T, C)."""
+        x = self.c_fc(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.project(x)
+        # Keep only x for the backward pass, and compute the activation again, not the matrix product behind it:
+        # 7% less memory in the same time (124M, 2 cores, 4,096 tokens). torch.compile sees to this by itself.
+        return checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)
+
+    def project(self, x):
         if self.kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, x = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * x)
@@ -139,10 +135,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, pos=0, mask=None, turn=None):
-        qkv = computed_again(lambda x: self.attn.c_attn(self.ln_1(x)), x)
-        x = x + self.attn(qkv, cache, pos, mask, turn)
-        hidden = computed_again(lambda x: self.mlp.c_fc(self.ln_2(x)), x)
-        return x + computed_again(self.mlp, hidden)
+        x = x + self.attn(self.ln_1(x), cache, pos, mask, turn)
+        return x + self.mlp(self.ln_2(x))
 
 
 class LinearCrossEntropy(torch.autograd.Function):

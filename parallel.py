@@ -162,9 +162,16 @@ def whole(value):
 # -- Muon ---------------------------------------------------------------------------
 
 
-def shares(muon):
-    """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on."""
-    return sorted(muon.param_groups[0]["params"], key=torch.numel, reverse=True)
+def shares(optimizer):
+    """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on.
+
+    None of AdamW's, none where there is one process, and none with FSDP: there the matrices are DTensors, and
+    the processes share each of Muon's products.
+    """
+    if not (dist.is_initialized() and isinstance(optimizer, torch.optim.Muon)):
+        return []
+    whole_ones = [p for p in optimizer.param_groups[0]["params"] if not is_divided(p)]
+    return sorted(whole_ones, key=torch.numel, reverse=True)
 
 
 @torch.no_grad()
@@ -176,10 +183,7 @@ def spread(tensors):
 
 
 def step_optimizer(optimizer, scaler):
-    """scaler.step(optimizer); the processes share the work of Muon, each with some of the matrices."""
-    if not (dist.is_initialized() and isinstance(optimizer, torch.optim.Muon)):
-        scaler.step(optimizer)
-        return
+    """scaler.step(optimizer), each process with its share of the matrices."""
     matrices = shares(optimizer)
     for i, p in enumerate(matrices):
         if i % dist.get_world_size() != dist.get_rank():
@@ -194,10 +198,8 @@ def step_optimizer(optimizer, scaler):
 def state_dicts(model, optimizers):
     """(the model's state dict, [each optimizer's]), whole on rank 0. All ranks call it."""
     for optimizer in optimizers:
-        if dist.is_initialized() and isinstance(optimizer, torch.optim.Muon):
-            # each process has the momentum of its own matrices only
-            states = [(optimizer.state[p], p) for p in shares(optimizer)]
-            spread([state.setdefault("momentum_buffer", torch.zeros_like(p)) for state, p in states])
+        states = [(optimizer.state[p], p) for p in shares(optimizer)]  # each process has its share's momenta
+        spread([state.setdefault("momentum_buffer", torch.zeros_like(p)) for state, p in states])
     weights, states = model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]
     if divided_modules(model):
         weights, states = whole(weights), whole(states)

@@ -237,8 +237,6 @@ def check_settings():
     for key, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "plateau"))):
         if globals()[key] not in known:
             sys.exit(f"--{key}={globals()[key]}: choose {', '.join(known)}")
-    if fsdp and optimizer == "muon":
-        sys.exit("--fsdp=True divides matrices, which Muon needs whole: use --optimizer=adamw")
     if schedule == "plateau" and not eval_every:
         sys.exit("--schedule=plateau judges validation losses: it needs --eval_every=")
     if min_lr > max_lr:

@@ -307,7 +307,7 @@ def test_muon_on_two_ranks_is_muon_on_one(run, spawn, shards, tmp_path):
 
 def test_fsdp_is_ddp_is_one_process(run, spawn, shards, tmp_path):
     """A run passes from one process to FSDP on two and four, to DDP and back, with the losses of one."""
-    args = [*SMALL, *MODERN, "--optimizer=adamw", "--max_steps=12", "--min_lr=1e-2", "--sample_every=4"]
+    args = [*SMALL, *MODERN, "--max_steps=12", "--min_lr=1e-2", "--sample_every=4"]
     args += ["--activation_checkpointing=True"]
     run("train_gpt2.py", *args)
     for stop, nproc, fsdp in ((3, 1, True), (6, 2, True), (9, 4, True), (12, 2, False)):
