@@ -373,15 +373,15 @@ def transformers_model(precision):
     state = new_model().state_dict()
     for name, tensor in theirs.state_dict().items():
         ours = state[name]
-        tensor.copy_(
-            ours[: len(tensor)] if "wte" in name or "lm_head" in name else ours.t() if "c_" in name else ours
-        )
+        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            ours = ours.t()  # their Conv1D holds (in, out)
+        tensor.copy_(ours[: len(tensor)])  # ours has rows that pad the vocabulary
     return theirs.to(device, precision)
 
 
 # -- the race -----------------------------------------------------------------------------------------------
 
-PARTS = {  # unit, {contender: (function)}; the first is ours, LIMIT is the machine's
+PARTS = {  # unit, {contender: function}; the first is ours, a limit is the machine's
     "train": ("tokens", {
         "ours": train_ours,
         "transformers": train_transformers,

@@ -83,7 +83,7 @@ def axis(run, kind):
         return steps
     if "tokens" not in train:
         sys.exit(f"--x={x}: choose step; tokens and hours are for logs with a metrics.jsonl")
-    values = train["tokens"] / 1e9 if x == "tokens" else np.nancumsum(train["seconds"]) / 3600
+    values = train["tokens"] if x == "tokens" else np.nancumsum(train["seconds"]) / 3600
     # A record of step s other than train was made before the update of s: behind step s - 1.
     return np.interp(steps - (kind != "train"), train["step"], values, left=0)
 
@@ -281,7 +281,9 @@ def draw_run():
     for ax, draw in zip(axes.flat, panels, strict=False):
         draw(ax, runs)
         if draw is not draw_domains:
-            ax.set_xlabel({"step": "step", "tokens": "billion tokens", "hours": "hours of training"}[x])
+            ax.set_xlabel("hours of training" if x == "hours" else x)
+            if x == "tokens":
+                ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))  # 250k, 1M
             ax.locator_params(axis="x", nbins=5, integer=x == "step")
         if ax.get_legend_handles_labels()[1]:
             ax.legend()

@@ -1,6 +1,6 @@
 """The trainer and fineweb.py killed with SIGKILL at random moments: what they write in the end is the same.
 
-A longer campaign: python -m pytest tests/test_kill.py --kills=15 -s
+A longer campaign: python -m pytest tests/test_kill.py --kills=15 -n 0 -s
 """
 
 import contextlib
