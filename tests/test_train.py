@@ -149,12 +149,12 @@ def test_micro_batch_does_not_change_the_run(run, shards, tmp_path, args):
 
 
 def test_the_micro_batch_gives_way(run, shards, tmp_path):
-    """The preset's 8 sequences do not go into 10: B is lowered, unless it was asked for."""
+    """The preset's 16 sequences do not go into 20: B is lowered, unless it was asked for."""
     out = run(
-        "train_gpt2.py", *[arg for arg in SMALL if arg != "--B=4"], "--max_steps=1", "--total_batch_size=320"
+        "train_gpt2.py", *[arg for arg in SMALL if arg != "--B=4"], "--max_steps=1", "--total_batch_size=640"
     )
-    assert "--B=5, which divides the 320 tokens of a step evenly" in out
-    assert load_checkpoint(str(tmp_path / "log" / "model_00001.pt"))["settings"]["B"] == 5
+    assert "--B=10, which divides the 640 tokens of a step evenly" in out
+    assert load_checkpoint(str(tmp_path / "log" / "model_00001.pt"))["settings"]["B"] == 10
 
 
 def test_processes_do_not_change_the_run(run, spawn, shards, tmp_path):
