@@ -118,6 +118,7 @@ class MLP(nn.Module):
         return checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)
 
     def project(self, x):
+        """The activation of x (B, T, width), and back down to (B, T, C)."""
         if self.kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, x = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * x)

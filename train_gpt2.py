@@ -204,9 +204,9 @@ def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
     }
 
 
-def evaluate_sources(model, sources, weights, *args):
+def evaluate_sources(model, sources, weights, *args, **ranks):
     """evaluate() on each of the Shards in sources; of a mixture, its mean by weight and all {folder: loss}."""
-    results = [evaluate(model, shards, *args) for shards in sources]
+    results = [evaluate(model, shards, *args, **ranks) for shards in sources]
     if len(results) == 1:
         return results[0]
     mean = {
@@ -302,7 +302,7 @@ def resume_command(world_size):
 def main(given):
     check_settings()
     rank, world_size, where = parallel.start_processes(device)
-    master = rank == 0
+    ranks, master = {"rank": rank, "world_size": world_size}, rank == 0
     say = print if master else lambda *args, **kwargs: None
     device_type = where.split(":")[0]
     precision, autocast = pick_dtype(dtype, where), pick_autocast(dtype, where)
@@ -325,7 +325,7 @@ def main(given):
     if eval_only:
         check_tokenizer(ckpt, enc, shards)
         context = min(T, model.config.block_size)
-        result = evaluate_sources(model, sources, weights, B, context, val_tokens, autocast, rank, world_size)
+        result = evaluate_sources(model, sources, weights, B, context, val_tokens, autocast, **ranks)
         say(f"{ckpt} on {data_dir}, context {context}:")
         result |= result.pop("sources", {})
         say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
@@ -461,47 +461,46 @@ def main(given):
 
         # Once in a while: the validation loss, the evals, a sample, what has been read
         kinds = (eval_every, hellaswag_every, ewok_every, sample_every, exposure_every)
-        evaluating = evaluated_step != step and not stopping and any(due(every, step) for every in kinds)
-        if evaluating:
+        if evaluated_step != step and not stopping and any(due(every, step) for every in kinds):
             parallel.gather(raw_model)
-        if evaluating and due(eval_every, step) and all(source.val for source in sources):
-            result = evaluate_sources(model, sources, weights, B, T, val_tokens, autocast, rank, world_size)
-            val_loss = result["loss"]
-            parts = "".join(f" | {folder} {loss:.4f}" for folder, loss in result.get("sources", {}).items())
-            say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte{parts}")
-            record(step, "val", val_loss, **result)
-            val_losses.append(val_loss)
-            cooling = step >= last_step - cooldown_steps
-            if schedule == "plateau" and step >= warmup_steps and not cooling and stalled(val_losses):
-                last_step = step + cooldown_steps
-                say(f"step {step:5d} | the validation loss has stalled: cooling down until step {last_step}")
-            stopping = asked_to_stop()
-        if evaluating and not stopping and due(hellaswag_every, step) and hellaswag_items:
-            with autocast:
-                result = hellaswag.evaluate(raw_model, enc, hellaswag_items, rank=rank, world_size=world_size)
-            say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
-            record(step, "hella", result["acc_norm"], **result)
-            stopping = asked_to_stop()
-        if evaluating and not stopping and due(ewok_every, step) and ewok_items:
-            with autocast:
-                result, _ = ewok.evaluate(raw_model, enc, ewok_items, rank=rank, world_size=world_size)
-            say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
-            record(step, "ewok", result["context"], **result)
-            stopping = asked_to_stop()
-        if evaluating and not stopping:
-            if due(sample_every, step) and master:
-                rng = torch.Generator(where).manual_seed(seed)
+            if due(eval_every, step) and all(source.val for source in sources):
+                result = evaluate_sources(model, sources, weights, B, T, val_tokens, autocast, **ranks)
+                val_loss, each = result["loss"], result.get("sources", {})
+                parts = "".join(f" | {folder} {loss:.4f}" for folder, loss in each.items())
+                say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte{parts}")
+                record(step, "val", val_loss, **result)
+                stopping = asked_to_stop()
+            if due(hellaswag_every, step) and hellaswag_items and not stopping:
                 with autocast:
-                    pieces = stream_text(raw_model, enc, sample_prompt, sample_tokens, top_k=50, generator=rng)
-                    text = sample_prompt + "".join(piece for (piece,) in pieces)
-                log.note(step, "sample", text=text)
-                say(f"step {step:5d} | sample:\n{text}\n")
-            if due(exposure_every, step) and master and step:
-                for read in order.exposure(exposed, sequence):
-                    log.note(step, "exposure", file="exposure.jsonl", **read)
-                exposed = sequence
-            evaluated_step = step
-        if evaluating:
+                    result = hellaswag.evaluate(raw_model, enc, hellaswag_items, **ranks)
+                say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
+                record(step, "hella", result["acc_norm"], **result)
+                stopping = asked_to_stop()
+            if due(ewok_every, step) and ewok_items and not stopping:
+                with autocast:
+                    result, _ = ewok.evaluate(raw_model, enc, ewok_items, **ranks)
+                say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
+                record(step, "ewok", result["context"], **result)
+                stopping = asked_to_stop()
+            if not stopping:  # else all of it is done again when the run goes on
+                if due(sample_every, step) and master:
+                    how = {"top_k": 50, "generator": torch.Generator(where).manual_seed(seed)}
+                    with autocast:
+                        pieces = stream_text(raw_model, enc, sample_prompt, sample_tokens, **how)
+                        text = sample_prompt + "".join(piece for (piece,) in pieces)
+                    log.note(step, "sample", text=text)
+                    say(f"step {step:5d} | sample:\n{text}\n")
+                if due(exposure_every, step) and master and step:
+                    for read in order.exposure(exposed, sequence):
+                        log.note(step, "exposure", file="exposure.jsonl", **read)
+                    exposed = sequence
+                if val_loss is not None:
+                    val_losses.append(val_loss)
+                    cooling = step >= last_step - cooldown_steps
+                    if schedule == "plateau" and step >= warmup_steps and not cooling and stalled(val_losses):
+                        last_step = step + cooldown_steps
+                        say(f"step {step:5d} | val loss has stalled: cooling down until step {last_step}")
+                evaluated_step = step
             parallel.release(raw_model)
 
         # Save what the next process needs to go on as if nothing had happened

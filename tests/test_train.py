@@ -52,7 +52,9 @@ def assert_same_run(a, b, step=8):
     assert models[0]["val_loss"] == models[1]["val_loss"] is not None
     for name, value in models[0]["model"].items():
         assert torch.equal(value, models[1]["model"][name]), name
-    for one, other in zip(*(load_checkpoint(str(x / "resume.pt"))["optimizers"] for x in (a, b)), strict=True):
+    saved = [load_checkpoint(str(x / "resume.pt")) for x in (a, b)]
+    assert saved[0]["val_losses"] == saved[1]["val_losses"]
+    for one, other in zip(*(s["optimizers"] for s in saved), strict=True):
         assert one["state"].keys() == other["state"].keys()
         for i, state in one["state"].items():
             for key, value in state.items():
