@@ -56,10 +56,18 @@ def wait_for_all():
 
 
 def end_processes():
-    """The end of start_processes: leave together, as gloo aborts a process that others leave behind."""
+    """The end of start_processes, and of a script: leave together, as gloo aborts a process left behind.
+
+    torch 2.13 keeps references to the group (torch.distributed.nn.functional and FSDP's mesh do), so gloo's
+    threads run on: one that asks for Python's lock while the interpreter shuts down aborts the process. Where
+    there are several processes this therefore ends them without that.
+    """
     wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def local_first(load):

@@ -635,5 +635,4 @@ if __name__ == "__main__":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # most likely rank 0 says why, and torchrun ends this one: one line is enough
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    parallel.end_processes()
