@@ -4,8 +4,8 @@
     python export.py --format=onnx --out=model.onnx         # input_ids (batch, length) -> logits
     python export.py --format=pt --out=model.pt             # bfloat16, half the size; sample.py --ckpt=model.pt
 
-The folder needs no code of ours: the model is a GPT2LMHeadModel, or a LlamaForCausalLM or Qwen3ForCausalLM
-where its settings are theirs, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
+The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a Llama-,
+Qwen3- or ApertusForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
 """
 
 import dataclasses
@@ -106,12 +106,17 @@ def gpt2(model):
 
 
 def llama(model):
-    """The same as LlamaForCausalLM, or Qwen3ForCausalLM, which is that with norms on queries and keys."""
+    """The same as LlamaForCausalLM, or as one of its kin that have norms on queries and keys.
+
+    Qwen3ForCausalLM is Llama with these, ApertusForCausalLM has an MLP without a gate as well.
+    """
     c = model.config
+    gated = c.mlp == "swiglu"
+    name = "Llama" if not c.qk_norm else "Qwen3" if gated else "Apertus"
     config = {
-        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if c.qk_norm else "llama",
-        "hidden_act": "silu",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        "hidden_act": {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[c.mlp],
         "hidden_size": c.n_embd,
         "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features,
         "num_hidden_layers": c.n_layer,
@@ -120,7 +125,9 @@ def llama(model):
         "head_dim": c.n_embd // c.n_head,
         "max_position_embeddings": c.block_size,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_theta": 10000.0,  # and rope_scaling: in transformers before 5
+        "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
     }
@@ -132,18 +139,20 @@ def llama(model):
     for i in range(c.n_layer):
         here, there = f"transformer.h.{i}.", f"model.layers.{i}."
         q, k, v = weights[here + "attn.c_attn.weight"].chunk(3)
-        gate, up = weights[here + "mlp.c_fc.weight"].chunk(2)
+        *gate, up = weights[here + "mlp.c_fc.weight"].chunk(2 if gated else 1)
+        norms = ("attention", "feedforward") if name == "Apertus" else ("input", "post_attention")
         tensors |= {
             there + "self_attn.q_proj.weight": q,
             there + "self_attn.k_proj.weight": k,
             there + "self_attn.v_proj.weight": v,
             there + "self_attn.o_proj.weight": weights[here + "attn.c_proj.weight"],
-            there + "mlp.gate_proj.weight": gate,
             there + "mlp.up_proj.weight": up,
             there + "mlp.down_proj.weight": weights[here + "mlp.c_proj.weight"],
-            there + "input_layernorm.weight": weights[here + "ln_1.weight"],
-            there + "post_attention_layernorm.weight": weights[here + "ln_2.weight"],
+            there + f"{norms[0]}_layernorm.weight": weights[here + "ln_1.weight"],
+            there + f"{norms[1]}_layernorm.weight": weights[here + "ln_2.weight"],
         }
+        if gated:
+            tensors[there + "mlp.gate_proj.weight"] = gate[0]
         if c.qk_norm:
             tensors[there + "self_attn.q_norm.weight"] = weights[here + "attn.q_norm.weight"]
             tensors[there + "self_attn.k_norm.weight"] = weights[here + "attn.k_norm.weight"]
@@ -153,16 +162,14 @@ def llama(model):
 def to_architecture(model):
     """gpt2(model) or llama(model), whichever the model is; exits if it is neither."""
     c = model.config
-    kind = {"pos": c.pos, "norm": c.norm, "mlp": c.mlp, "bias": c.bias}
-    if kind | {"qk_norm": c.qk_norm} == {
-        "pos": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qk_norm": False
-    }:  # fmt: skip
+    kind = {key: getattr(c, key) for key in ("pos", "norm", "mlp", "qk_norm", "bias")}
+    if list(kind.values()) == ["learned", "layernorm", "gelu", False, True]:
         return gpt2(model)
-    if kind == {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}:
+    if (c.pos, c.norm, c.bias) == ("rope", "rmsnorm", False) and (c.qk_norm or c.mlp == "swiglu"):
         return llama(model)
     sys.exit(
-        f"no architecture of transformers has {', '.join(f'{key}={value}' for key, value in kind.items())}, "
-        f"qk_norm={c.qk_norm}; --format=pt and onnx take any"
+        f"no architecture of transformers has {', '.join(f'{key}={value}' for key, value in kind.items())}; "
+        "--format=pt and onnx take any"
     )
 
 

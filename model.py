@@ -69,6 +69,25 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def attend(q, k, v, mask, causal):
+    """softmax(q k' / sqrt(hs)) v of q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
+
+    mask, (T, S) or (B, 1, T, S), is False where a score does not count; without it all count, or, if causal,
+    those up to the diagonal.
+    """
+    T, S = q.size(2), k.size(2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 256:
+        # torch's kernel for CPUs is slow at short rows in bfloat16: written out, attention takes a third of its
+        # time at T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.82 of it.
+        scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
+        if causal and mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -95,7 +114,7 @@ class CausalSelfAttention(nn.Module):
             q = q.to(cache.dtype)
             if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and pos == 0)
+        y = attend(q, k, v, mask, causal=pos == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 

@@ -14,6 +14,7 @@ from device import pick_device, pick_dtype
 from model import (
     GPT,
     GPTConfig,
+    attend,
     load_checkpoint,
     load_model,
     sample_token,
@@ -422,3 +423,20 @@ def test_device_and_dtype():
         pick_dtype("int8", "cpu")
     with pytest.raises(SystemExit, match=r"--device=quantum: not on this machine"):
         pick_device("quantum")
+
+
+@pytest.mark.parametrize("T", [20, 256, 257])  # 257: torch's own
+@pytest.mark.parametrize("kind", ["causal", "masked", "all"])
+def test_attention_in_bfloat16(T, kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, T, 16).bfloat16()
+    seen = torch.ones(2, 1, T, T, dtype=torch.bool)
+    if kind == "causal":
+        seen = seen.tril()
+    if kind == "masked":
+        seen = (torch.rand(2, 1, T, T) < 0.5) | torch.eye(T, dtype=torch.bool)
+    scores = q.double() @ k.double().transpose(2, 3) / 4
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v.double()
+    y = attend(q, k, v, seen if kind == "masked" else None, causal=kind == "causal")
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, atol=0.02, rtol=0.02)

@@ -44,13 +44,21 @@ def random_ids(B, T):
     return torch.randint(0, 256, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_modern_models_are_transformers_llama_and_qwen3(tmp_path, qk_norm):
-    settings = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, qk_norm=qk_norm)
+@pytest.mark.parametrize(
+    ("name", "mlp", "qk_norm"),
+    [
+        ("Llama", "swiglu", False),
+        ("Qwen3", "swiglu", True),
+        ("Apertus", "gelu", True),
+        ("Apertus", "relu2", True),
+    ],
+)
+def test_modern_models_in_transformers(tmp_path, name, mlp, qk_norm):
+    settings = dict(pos="rope", norm="rmsnorm", mlp=mlp, bias=False, qk_norm=qk_norm)
     model, enc = random_model(n_embd=48, n_head=3, **settings), load_tokenizer("bytes")
     export.write_folder(model, enc, str(tmp_path / "hf"), torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert type(theirs).__name__ == f"{name}ForCausalLM"
     assert sum(p.numel() for p in theirs.parameters()) == model.num_params()
     x = random_ids(3, 24)
     torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
