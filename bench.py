@@ -97,7 +97,7 @@ def train_ours():
     model = new_model().to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
     (optimizer,) = model.configure_optimizers(0.1, 6e-4)
-    return training(model, forward, optimizer, pick_autocast(dtype, device))
+    return training(model, forward, optimizer, pick_autocast(dtype, device, cache=False))
 
 
 def train_transformers(compiled=False):

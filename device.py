@@ -57,10 +57,13 @@ def pick_dtype(dtype, device):
     return names[dtype]
 
 
-def pick_autocast(dtype, device):
-    """The context that runs matrix products in pick_dtype's type and keeps the rest in float32."""
+def pick_autocast(dtype, device, cache=True):
+    """The context that runs matrix products in pick_dtype's type and keeps the rest in float32.
+
+    cache: keep the weights that were converted until its end, for the next use. A training step has none.
+    """
     dtype = pick_dtype(dtype, device)
-    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 def pick_compile(choice, device):

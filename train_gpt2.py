@@ -556,7 +556,7 @@ def main(given):
         for micro_step, rows in enumerate(order.batches(sequence, sequences, B, rank, world_size)):
             rows = to_device(rows)  # (B, T + 1)
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with autocast:
+            with pick_autocast(dtype, where, cache=False):
                 loss = train_model(rows[:, :-1], rows[:, 1:])
             sums[0] += loss.detach()
             scaler.scale(loss / grad_accum_steps).backward()

@@ -4,12 +4,14 @@ import itertools
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
+import model as code
 from device import pick_device, pick_dtype
 from model import (
     GPT,
@@ -246,6 +248,25 @@ def test_weight_decay_is_on_matrices_only():
         n for n in names.values() if n.endswith(".weight") and ".ln_" not in n
     }
     assert len(decayed["params"]) + len(other["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, 100, n_layer=1, n_head=8, n_embd=512, **settings))
+    x = random_ids(model, 17, 256)  # large enough for model.recompute
+    checkpoint = mock.Mock(wraps=torch.utils.checkpoint.checkpoint)
+    gradients = []
+    for stand_in in (checkpoint, lambda function, *args, **_: function(*args)):
+        monkeypatch.setattr(code, "checkpoint", stand_in)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            loss = model(x[:, :-1], x[:, 1:])
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert checkpoint.call_count == 3
+    torch.testing.assert_close(*gradients, atol=0, rtol=0)
 
 
 # -- Hugging Face folders and checkpoints ------------------------------------------
