@@ -103,14 +103,14 @@ fsdp = False  # divide weights, gradients and optimizer among the processes: for
 activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, slower
 
 MODERN = dict(
-    pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False,
+    pos="rope", norm="rmsnorm", qk_norm=True, bias=False,
     optimizer="muon", schedule="wsd", min_lr=0.0,
 )  # fmt: skip
 
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
     "tiny": MODERN | dict(
-        n_layer=3, n_head=2, n_embd=128, B=16, T=128, total_batch_size=2048,
+        n_layer=3, n_head=4, n_embd=128, B=16, T=128, total_batch_size=2048,
         max_steps=1050, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
         eval_every=350, hellaswag_every=0, ewok_every=0, save_every=350,
         sample_every=350, sample_prompt="\n", sample_tokens=160,
