@@ -78,13 +78,13 @@ def attend(q, k, v, mask, causal):
     T, S = q.size(2), k.size(2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= (128 if q.requires_grad else 256):
         # torch's kernel for CPUs is slow at short rows in bfloat16: written out, attention takes a third of its
-        # time at T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.65 to 0.8. Training at
+        # time at T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.6 to 0.8. Training at
         # 256 it would be 8% of a step of 124M, but 15% more memory: the scores are kept.
-        scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
-        if causal and mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool).tril()
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores.masked_fill_(~mask, -math.inf)
+        elif causal:
+            scores += torch.full((T, S), -math.inf, dtype=q.dtype).triu(1)
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
 

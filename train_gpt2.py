@@ -111,9 +111,9 @@ MODERN = dict(
 PRESETS = {
     "tiny": MODERN | dict(
         n_layer=3, n_head=4, n_embd=128, B=16, T=128, total_batch_size=2048,
-        max_steps=1050, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
-        eval_every=350, hellaswag_every=0, ewok_every=0, save_every=350,
-        sample_every=350, sample_prompt="\n", sample_tokens=160,
+        max_steps=1100, warmup_steps=20, max_lr=6e-3, schedule="cosine", beta2=0.99,
+        eval_every=275, hellaswag_every=0, ewok_every=0, save_every=275,
+        sample_every=275, sample_prompt="\n", sample_tokens=160,
     ),
     "modern": MODERN | dict(max_lr=2e-3),
     "gpt2": {},
