@@ -138,7 +138,7 @@ def drain(tokens):
 
 
 def sample_ours(num_samples=1):
-    model = sample.ready(new_model().to(device), pick_dtype(dtype, device))
+    model = sample.ready(new_model().to(device), dtype, device)
     idx = torch.arange(16, device=device)[None]
     how = {"num_samples": num_samples, "temperature": 0.8, "top_k": 200}
     return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens * num_samples
@@ -271,7 +271,7 @@ def write_texts(write):
 def tokenize_ours():
     def write(texts, enc, folder):
         with contextlib.redirect_stderr(io.StringIO()):
-            fineweb.write_shards(texts, enc, folder, "bench", shard_size=1_000_000)
+            fineweb.write_shards(texts, enc, folder, "bench", shard_size=100_000_000)
 
     return write_texts(write)
 
@@ -331,7 +331,7 @@ def copy():
     a, b = torch.zeros(2, 1 << 28, device=device)
     model = new_model()
     weights = model.num_params() - sum(p.numel() for p in model.position_weights())
-    return lambda: b.copy_(a), 2 * a.nbytes / (weights * pick_dtype(dtype, device).itemsize)
+    return lambda: b.copy_(a), 2 * a.nbytes / (weights * (4 if dtype == "float32" else 2))
 
 
 def tiktoken_on_all_cores():

