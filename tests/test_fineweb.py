@@ -288,6 +288,14 @@ def test_megabytes_of_one_character(gpt2, char):
     assert time.perf_counter() - start < 30
 
 
+@pytest.mark.parametrize(
+    "texts", [TEXTS, [text for text in TEXTS if EOT not in text], ["it 's", "s  ", "\n\n", "s"]]
+)
+def test_a_batch_is_its_documents_one_by_one(gpt2, texts):
+    ((tokens, _),) = tokenize(texts, gpt2, np.uint16)
+    assert tokens.tolist() == [i for text in texts for i in [gpt2.eot_token, *gpt2.encode_ordinary(text)]]
+
+
 def test_odd_documents(tmp_path):
     """Half a surrogate pair, and a megabyte of one character."""
     texts = ["\ud83d alone", "a" * 1_000_000]
