@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from shards import ShardWriter, lock_folder, token_dtype, write_whole
-from tokenizer import EOT, load_tokenizer
+from tokenizer import EOT, copy_encoding, load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
 dataset = "fineweb-edu"  # or fineweb, openwebtext, smol-smoltalk, tinyshakespeare, a file, a folder
@@ -234,10 +235,10 @@ def cut(text, size=400_000):
 
 def encode(texts, enc, dtype):
     """The token ids of documents, each behind its <|endoftext|>, as one array of dtype."""
-    if not any(EOT in text for text in texts):
-        # in one call, which is 5% faster: it waits for the GIL once
-        with contextlib.suppress(UnicodeEncodeError, ValueError):
-            ids = enc.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT}, disallowed_special=())
+    # In one call, which is 5% faster: it waits for the GIL once.
+    with contextlib.suppress(UnicodeEncodeError, ValueError):
+        ids = enc.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT}, disallowed_special=())
+        if np.count_nonzero(ids == enc.eot_token) == len(texts):  # else it is in a text, where it is no token
             return ids.astype(dtype)
     parts = []
     for text in texts:
@@ -259,6 +260,14 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     pickled. At most four batches a core are under way, so memory does not grow with the corpus.
     """
     cores = os.cpu_count() or 1
+    own = threading.local()
+
+    def work(batch):
+        # A regular expression of Rust's is fastest in the first thread that uses it: a copy for each, 1.13x.
+        if not hasattr(own, "enc"):
+            own.enc = copy_encoding(enc)
+        return encode(batch, own.enc, dtype)
+
     state_dict = getattr(texts, "state_dict", lambda: None)
     with ThreadPoolExecutor(cores) as pool:
         under_way = collections.deque()  # (future, state)
@@ -272,12 +281,12 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
-                under_way.append((pool.submit(encode, batch, enc, dtype), state_dict()))
+                under_way.append((pool.submit(work, batch), state_dict()))
                 batch, chars = [], 0
             if len(under_way) > 4 * cores:
                 yield finish()
         if batch:
-            under_way.append((pool.submit(encode, batch, enc, dtype), state_dict()))
+            under_way.append((pool.submit(work, batch), state_dict()))
         while under_way:
             yield finish()
 

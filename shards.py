@@ -193,7 +193,7 @@ class ShardWriter:
                 "file": name,
                 "split": split,
                 "tokens": len(tokens),
-                "documents": int((tokens == self.enc.eot_token).sum()),
+                "documents": int(np.count_nonzero(tokens == self.enc.eot_token)),
                 "bytes": int(self.byte_lengths[tokens].sum(dtype=np.int64)),
             }
         )

@@ -85,6 +85,16 @@ def load_tokenizer(name):
         )
 
 
+def copy_encoding(enc):
+    """A tiktoken.Encoding that shares nothing with enc but its tokens."""
+    return tiktoken.Encoding(
+        enc.name,
+        pat_str=enc._pat_str,
+        mergeable_ranks=enc._mergeable_ranks,
+        special_tokens=enc._special_tokens,
+    )
+
+
 def tokenizer_state(enc):
     """What a checkpoint stores for `enc`: a name, or the dict that tokenizer.json holds."""
     if enc.name in ("gpt2", "bytes"):
