@@ -104,7 +104,7 @@ def test_trainer(request, shards, tmp_path, nproc, dtype, data_dir):
 def test_fineweb(request, tmp_path, options):
     kills = request.config.getoption("kills")
     (tmp_path / "texts").mkdir()
-    for i in range(8):
+    for i in range(4):
         lines = [json.dumps({"text": f"{i} {k} {TEXT[: 999 + 7 * k]}"}) for k in range(400)]
         (tmp_path / "texts" / f"{i}.jsonl").write_text("\n".join(lines))
     (tmp_path / "texts" / "end.txt").write_text("<|endoftext|>".join(TEXT[k:] for k in range(50)))
