@@ -340,8 +340,8 @@ def tiktoken_on_all_cores(as_array=False):
     As lists, which is how nanoGPT and build-nanogpt have them, or as arrays, which is faster.
     """
     enc, texts = load_tokenizer("gpt2"), list(fineweb.Documents(corpus()))
-    encode = partial(enc.encode_to_numpy, disallowed_special=()) if as_array else enc.encode_ordinary
     tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
+    encode = partial(enc.encode_to_numpy, disallowed_special=()) if as_array else enc.encode_ordinary
     return lambda: [encode(text) for text in texts], tokens * os.cpu_count()
 
 

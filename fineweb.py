@@ -235,10 +235,10 @@ def cut(text, size=400_000):
 
 def encode(texts, enc, dtype):
     """The token ids of documents, each behind its <|endoftext|>, as one array of dtype."""
-    # In one call, which is 5% faster: it waits for the GIL once.
+    # All in one call, which is 5% faster than one for each text: it waits for the GIL once.
     with contextlib.suppress(UnicodeEncodeError, ValueError):
         ids = enc.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT}, disallowed_special=())
-        if np.count_nonzero(ids == enc.eot_token) == len(texts):  # else it is in a text, where it is no token
+        if np.count_nonzero(ids == enc.eot_token) == len(texts):  # else a text spells it out: no token there
             return ids.astype(dtype)
     parts = []
     for text in texts:
@@ -263,8 +263,8 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     own = threading.local()
 
     def work(batch):
-        # A regular expression of Rust's is fastest in the first thread that uses it: a copy for each, 1.13x.
         if not hasattr(own, "enc"):
+            # Rust's regular expressions are fastest in the first thread that uses them: a copy for each, 1.13x
             own.enc = copy_encoding(enc)
         return encode(batch, own.enc, dtype)
 

@@ -185,7 +185,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
         """x (N, C), weight (rows, C), targets (N,), -1 for none -> a scalar, nats, float32."""
-        size = (256 if x.device.type == "cpu" else 8192) * 50304 // len(weight)  # as many logits for all
+        size = 256 if x.device.type == "cpu" else 8192  # rows of GPT-2's vocabulary;
+        size = size * 50304 // len(weight)  # of a smaller one as many logits, which are more rows
         w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
         loss = torch.zeros((), device=x.device)
         dx = dw = None
