@@ -36,9 +36,10 @@ import fineweb
 import hellaswag
 import sample
 from configurator import configure
-from device import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
-from model import GPT, GPTConfig, score_completions
+from model import GPT, GPTConfig
 from order import TrainOrder
+from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
+from scoring import score_completions
 from shards import Shards
 from tokenizer import load_tokenizer
 

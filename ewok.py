@@ -29,9 +29,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import configure
-from device import pick_autocast
-from model import load_model, score_completions
-from parallel import end_processes, local_first, start_processes
+from model import load_model
+from parallel import local_first, pick_autocast, run_script, start_processes
+from scoring import score_completions
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -43,6 +43,7 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 
 SCORES = ("context", "target_sum", "target_mean")
+SCORE = "context"  # of evaluate's, in log.txt
 GROUPS = ("Domain", "ContextType", "ContextDiff", "TargetDiff")
 HUB = "ewok-core/ewok-core-1.0"
 
@@ -51,14 +52,8 @@ HUB = "ewok-core/ewok-core-1.0"
 
 def load_items(limit=0):
     """The items, a list of dicts, from the first source there is; exits with one line if there is none."""
-    source = next(
-        (
-            s
-            for s in (os.environ.get("EWOK_SRC"), "ewok_fast_jsonl.zip", "ewok_fast")
-            if s and os.path.exists(s)
-        ),
-        None,
-    )
+    places = (os.environ.get("EWOK_SRC"), "ewok_fast_jsonl.zip", "ewok_fast")
+    source = next((place for place in places if place and os.path.exists(place)), None)
     if os.environ.get("EWOK_SRC") not in (None, source):
         sys.exit(f"EWOK_SRC={os.environ['EWOK_SRC']}: no such file or folder")
     if source is None:
@@ -165,11 +160,11 @@ def compare(sums, counts):
 
 
 def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
-    """(result, records) of a model on items, divided among ranks; every rank gets all.
+    """What a model makes of items, divided among ranks; every rank gets all.
 
-    result: {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the
+    Returns {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the
     mean of the domains' means, "count", "seconds", and for each of GROUPS that the items have
-    {"by_<group>": {value: {"context", "target_sum", "target_mean", "count"}}}. records: for each item
+    {"by_<group>": {value: {"context", "target_sum", "target_mean", "count"}}}; and "items", for each
     {"id", "domain", "sums", "counts", "context", "target_sum", "target_mean"}, without its text.
     """
     t0 = time.perf_counter()
@@ -199,12 +194,30 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     domains = result.get("by_Domain", {"": result}).values()
     result |= {f"{key}_domain_avg": sum(d[key] for d in domains) / len(domains) for key in SCORES}
     result["seconds"] = time.perf_counter() - t0
-    records = [
+    result["items"] = [
         {"id": i, "domain": item.get("Domain"), "sums": sums[i].tolist(), "counts": counts[i].int().tolist()}
         | {key: values[i].item() for key, values in scores.items()}
         for i, item in enumerate(items)
     ]
-    return result, records
+    return result
+
+
+def summary(result):
+    """What evaluate() returns, in a line."""
+    return f"EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean"
+
+
+def items_path():
+    """The file for the items' numbers, which is not one that a run keeps of its own."""
+    folder = os.path.dirname(ckpt) if ckpt.endswith(".pt") else log_dir
+    os.makedirs(folder or ".", exist_ok=True)
+    path = os.path.join(folder, "ewok_items.jsonl")
+    if os.path.exists(path):
+        with open(path) as f:
+            if '"step"' in f.readline():
+                name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
+                return os.path.join(folder, f"ewok_items_{name}.jsonl")
+    return path
 
 
 def main():
@@ -213,7 +226,7 @@ def main():
     found = local_first(lambda: load_items(limit))
     model, enc = load_model(ckpt, where, log_dir)
     with autocast:
-        result, records = evaluate(model, enc, found, batch_tokens, rank, world_size)
+        result = evaluate(model, enc, found, batch_tokens, rank, world_size)
     if rank > 0:
         return
     print(f"{'':32} {'context':>8} {'target_sum':>11} {'target_mean':>12} {'count':>7}")
@@ -230,15 +243,12 @@ def main():
     row("chance", dict.fromkeys(SCORES, 0.5))
     print(f"{result['seconds']:.1f} seconds")
     if items:
-        folder = os.path.dirname(ckpt) if ckpt.endswith(".pt") else log_dir
-        os.makedirs(folder or ".", exist_ok=True)
-        path = os.path.join(folder, "ewok_items.jsonl")
+        path = items_path()
         with open(path, "w") as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+            f.writelines(json.dumps(record) + "\n" for record in result["items"])
         print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
-    end_processes()
+    run_script(main)

@@ -75,7 +75,7 @@ def to_hugging_face(enc):
     if tokenizer.encode(PROBE).ids != enc.encode(PROBE, allowed_special={EOT}):
         sys.exit(
             f"the tokenizer {enc.name} cannot be exported: its pattern means something else to Hugging Face's "
-            "tokenizers; the patterns of python tokenizer.py do not"
+            "tokenizers; the patterns of python train_tokenizer.py do not"
         )
     return tokenizer
 

@@ -27,7 +27,7 @@ import requests
 from tqdm import tqdm
 
 from configurator import configure
-from shards import ShardWriter, lock_folder, token_dtype, write_whole
+from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
 from tokenizer import EOT, copy_encoding, load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
@@ -51,35 +51,6 @@ HUB = {
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 # -- documents --------------------------------------------------------------------
-
-
-def fetch(url, path, timeout):
-    """One try of download()."""
-    with requests.get(url, stream=True, timeout=timeout) as r:
-        r.raise_for_status()
-        total = int(r.headers.get("content-length", 0)) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
-
-            def write(f):
-                for chunk in r.iter_content(1 << 20):
-                    bar.update(f.write(chunk))
-
-            write_whole(path, write)
-
-
-def download(url, path, timeout=30, tries=3):
-    """Fetch url to path with a progress bar, whole or not at all; raises requests' exceptions.
-
-    What may be a hiccup of the network or the server is tried again, after 1, 2, 4, ... seconds.
-    """
-    for failures in range(tries):
-        try:
-            return fetch(url, path, timeout)
-        except requests.RequestException as e:
-            refused = e.response is not None and e.response.status_code < 500
-            if refused or failures == tries - 1:
-                raise
-            time.sleep(2**failures)
 
 
 def read_text(path):
@@ -304,25 +275,29 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
     if writer.meta["complete"]:
         print(f"{out_dir} is complete already: nothing to do")
         return writer.meta
-    if writer.start:
-        texts.load_state_dict(writer.start)
+    if writer.state:
+        texts.load_state_dict(writer.state)
         print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
-    bar = tqdm(total=max_tokens or None, initial=writer.seen, unit="tok", unit_scale=True, desc=out_dir)
+    bar = tqdm(total=max_tokens or None, initial=writer.taken, unit="tok", unit_scale=True, desc=out_dir)
     with bar, contextlib.closing(tokenize(texts, enc, token_dtype(enc))) as batches:
         for tokens, state in batches:
-            tokens = tokens[: max_tokens - writer.seen] if max_tokens else tokens
+            tokens = tokens[: max_tokens - writer.taken] if max_tokens else tokens
             writer.add(tokens, state)
             bar.update(len(tokens))
-            if writer.seen == max_tokens:
+            if writer.taken == max_tokens:
                 break
     return writer.close()
 
 
-def write_demo_shards(out_dir):
+def make_demo_shards(out_dir, keep=False):
     """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
 
-    Returns meta.json's dict.
+    With keep, shards that are there stay. Only the first process of a machine makes any.
     """
+    there = keep and has_shards(out_dir) and (read_meta(out_dir) or {}).get("complete")
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 or there:
+        return
+    print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
     source = "input.txt"
     if not os.path.exists(source):
         try:
@@ -338,9 +313,9 @@ def write_demo_shards(out_dir):
     for path in (*glob.glob(os.path.join(out_dir, "demo_*.npy")), os.path.join(out_dir, "meta.json")):
         if os.path.exists(path):
             os.remove(path)
-    enc = load_tokenizer("bytes")
     about = {"dataset": source, "subset": None, "seed": None}
-    return write_shards(texts, enc, out_dir, "demo", max_tokens=2_000_000, **about)
+    write_shards(texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=2_000_000, **about)
+    print(f"on {source}")
 
 
 def main():

@@ -27,10 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import configure
-from device import pick_autocast
-from fineweb import download
-from model import load_model, score_completions
-from parallel import end_processes, local_first, start_processes
+from model import load_model
+from parallel import local_first, pick_autocast, run_script, start_processes
+from scoring import score_completions
+from shards import download
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -111,6 +111,7 @@ def harness_style(item, enc):
     return pairs, [len(ending) for ending in endings]
 
 
+SCORE = "acc_norm"  # of evaluate's, in log.txt
 STYLES = {"completion": completion_style, "harness": harness_style}
 
 
@@ -155,6 +156,11 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
     }
 
 
+def summary(result):
+    """What evaluate() returns, in a line."""
+    return f"HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc"
+
+
 def main():
     if style not in (*STYLES, "both"):
         sys.exit(f"--style={style}: choose completion, harness or both")
@@ -180,5 +186,4 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    main()
-    end_processes()
+    run_script(main)

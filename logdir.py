@@ -1,36 +1,58 @@
 """The log folder of a run: its records, its checkpoints, and how a run that ended goes on from them.
 
-log.txt         "<step> <kind> <value>" a line, kind train, val, hella or ewok
-metrics.jsonl   one object a record, with everything else
-exposure.jsonl  which tokens the model has seen, if the run keeps account of it
-model_00250.pt  the model after 250 updates; resume.pt what else the run needs to go on from there
+log.txt           "<step> <kind> <value>" a line, kind train, val, hella or ewok
+metrics.jsonl     one object a record, with everything else
+exposure.jsonl    which tokens the model has seen, if the run keeps account of it
+ewok_items.jsonl  the numbers of each item of EWoK, likewise
+model_00250.pt    the model after 250 updates; resume.pt what else the run needs to go on from there
 
 Both .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at
 any moment. A run that goes on drops the records behind resume.pt's step, since it makes them again.
 """
 
+import contextlib
+import dataclasses
 import glob
+import importlib.util
 import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
+import time
 
 import torch
 
-from parallel import divided_like
+from parallel import all_agree, all_finite, divided_like, from_rank_0, print0, state_dicts
 from shards import lock_folder, write_whole
+from tokenizer import tokenizer_state
 from weights import load_checkpoint
 
-RECORDS = ("log.txt", "metrics.jsonl", "exposure.jsonl")
+# The files of records that are not in metrics.jsonl, by kind; a new one is a line here.
+FILES = {"exposure": "exposure.jsonl", "ewok_item": "ewok_items.jsonl"}
+RECORDS = ("log.txt", "metrics.jsonl", *FILES.values())
 
-# The settings that say what is learned: a resumed run keeps its own, but for those on the command line.
-LEARNING = """seed n_layer n_head n_embd pos norm mlp qk_norm bias T total_batch_size max_steps warmup_steps
-    max_lr min_lr optimizer schedule cooldown_steps patience weight_decay beta1 beta2 grad_clip dtype""".split()
 
-# What the trainer puts into resume.pt; save() adds the list of checkpoints.
-RESUME_KEYS = """step evaluated_step tokens exposed bad_steps last_step val_losses data settings defaults
-    precision optimizers scaler rng""".split()
+@dataclasses.dataclass
+class Run:
+    """What a run consists of besides its weights and optimizers: saved in resume.pt, and restored, whole.
+
+    A new counter is one line here. Its default is what it has in runs that were saved without it.
+    """
+
+    settings: dict  # of the trainer
+    defaults: dict  # the same, as the trainer's file had them
+    data: list  # of describe_data
+    precision: str  # that it computes in
+    step: int  # updates made
+    tokens: int  # read for them
+    evaluated_step: int | None = None  # the last step whose evaluations are all done
+    exposed: int = 0  # tokens whose account is in exposure.jsonl
+    bad_steps: int = 0  # in a row, whose loss or gradient was not finite
+    last_step: int | None = None  # where plateau ends it; None: at max_steps
+    val_losses: list = dataclasses.field(default_factory=list)  # all so far
 
 
 def model_path(log_dir, step):
@@ -38,72 +60,115 @@ def model_path(log_dir, step):
     return os.path.join(log_dir, f"model_{step:05d}.pt")
 
 
+# -- going on from a run --------------------------------------------------------------
+
+
 def load_resume(log_dir, mmap=False):
-    """The dict in log_dir/resume.pt, None if there is none; exits if it is damaged or its model missing."""
+    """The dict in log_dir/resume.pt, None if there is none; exits if it is damaged or its model missing.
+
+    It holds a Run's fields, the states of "optimizers", "scaler" and "rng", and the list of "checkpoints".
+    """
     path = os.path.join(log_dir, "resume.pt")
     if not os.path.exists(path):
         return None
     saved = load_checkpoint(path, mmap)
-    missing = set(RESUME_KEYS) - set(saved)
-    if missing:
+    try:
+        restored_run(saved), saved["optimizers"]
+    except (TypeError, KeyError):
+        missing = {"optimizers", *(field.name for field in dataclasses.fields(Run))} - set(saved)
         sys.exit(f"{path}: not this trainer's, it has no {', '.join(sorted(missing))}")
     if not os.path.exists(model_path(log_dir, saved["step"])):
         sys.exit(f"{path}: goes with {model_path(log_dir, saved['step'])}, which is missing")
     return saved
 
 
-def resumed_settings(saved, given, file_settings):
+def restored_run(saved, **now):
+    """The Run in the dict of resume.pt, but for the fields that are given; raises TypeError if it is none."""
+    fields = {field.name: saved[field.name] for field in dataclasses.fields(Run) if field.name in saved}
+    return Run(**fields | now)
+
+
+def kept(settings):
+    """The settings that stay with a run, wherever it goes on: all but these two."""
+    return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
+
+
+def resumed_settings(saved, given, file_settings, fixed):
     """The settings of the saved run; exits if the command line, or the trainer's file, says what cannot be.
 
-    given is what the command line says, file_settings(preset) what the trainer's file says now.
+    given is what the command line says, file_settings(preset) what the trainer's file says now; fixed are the
+    names of those that a run cannot change.
     """
     settings = saved["settings"]
     if given.get("preset", "auto") not in ("auto", settings["preset"]):
         sys.exit(f"--preset={given['preset']}: the run to resume has {settings['preset']}; leave it out")
-    for key in ("n_layer", "n_head", "n_embd", "pos", "norm", "mlp", "qk_norm", "bias", "optimizer"):
+    for key in fixed:
         if given.get(key, settings[key]) != settings[key]:
             sys.exit(f"--{key}={given[key]}: the run to resume has {settings[key]}; leave it out")
-    now = file_settings(settings["preset"])
-    for key in LEARNING:
-        if key not in given and now[key] not in (saved["defaults"].get(key, now[key]), settings[key]):
-            sys.exit(f"train_gpt2.py has {key}={now[key]} now, the run {settings[key]}: choose with --{key}=")
-    return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
+    for key, value in file_settings(settings["preset"]).items():
+        if key not in given and value not in (saved["defaults"].get(key, value), settings.get(key, value)):
+            sys.exit(f"train_gpt2.py has {key}={value} now, the run {settings[key]}: choose with --{key}=")
+    return kept(settings)
 
 
 def changes(saved, given):
     """What the command line changes in a resumed run: " with key=value instead of ...", or nothing."""
-    was = saved["settings"]
-    changed = [key for key in LEARNING if given.get(key, was[key]) != was[key]]
+    was = kept(saved["settings"])
+    changed = [key for key in was if given.get(key, was[key]) != was[key]]
     order = "; the rest of the epoch is read in another order" if {"seed", "T"} & set(changed) else ""
     changed = [f"{key}={given[key]} instead of {was[key]}" for key in changed]
     return f" with {', '.join(changed)}{order}" if changed else ""
 
 
-def check_resumption(log_dir, saved, mixture, sources, precision):
-    """Exit if the run has read other shards, or computed in another precision, where one is given."""
-    now = describe_data(mixture, sources)
-    if [weight for weight, _ in saved["data"]] != [weight for weight, _ in now]:
+def begin(log_dir, saved, given, mixture, T, settings, defaults, precision):
+    """The Run: at its first step, or where `saved`, the dict of resume.pt, has it.
+
+    Exits if the run has read other shards, or computed in another precision which the command line (given) does
+    not choose, or if processes have found different files.
+    """
+    now = {"settings": settings, "defaults": defaults, "data": describe_data(mixture), "precision": precision}
+    run = restored_run(saved, **now) if saved else Run(step=0, tokens=0, **now)
+    if saved:
+        check_data(log_dir, saved["data"], mixture)
+        if "dtype" not in given and run.precision != saved["precision"]:
+            was, now = (name.removeprefix("torch.") for name in (saved["precision"], run.precision))
+            sys.exit(
+                f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype="
+            )
+        # T may be another: on from the next whole sequence
+        run.tokens, run.exposed = (-(-tokens // T) * T for tokens in (run.tokens, run.exposed))
+        print0(f"resuming {log_dir} at step {run.step}{changes(saved, given)}")
+    if not all_agree(run.step == from_rank_0(run.step)):
+        rank = os.environ["RANK"]
+        sys.exit(f"{log_dir}: is at step {run.step} for process {rank}, which not all processes have")
+    return run
+
+
+def check_data(log_dir, read, mixture):
+    """Exit if a mixture is not the one, of describe_data, that the run has read so far."""
+    there = describe_data(mixture)
+    if [weight for weight, _ in read] != [weight for weight, _ in there]:
         sys.exit(f"--data_dir: the run in {log_dir} mixes its data otherwise; leave it out")
-    for (_, read), (_, there), source in zip(saved["data"], now, sources, strict=True):
-        if read != there[: len(read)]:
-            sys.exit(f"{source.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
-    if precision not in (None, saved["precision"]):
-        was, now = (name.removeprefix("torch.") for name in (saved["precision"], precision))
-        sys.exit(f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype=")
+    for (_, before), (_, now), shards in zip(read, there, mixture, strict=True):
+        if before != now[: len(before)]:
+            sys.exit(f"{shards.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
 
 
-def describe_data(mixture, sources):
-    """[weight, [[file, tokens] of each training shard]] of each source: enough to notice that it is another."""
+def describe_data(mixture):
+    """[weight, [[file, tokens] of each training shard]] of each of its Shards: what tells it from others."""
     return [
         [str(weight), [[os.path.basename(path), size] for path, size in shards.train]]
-        for weight, shards in zip(mixture.values(), sources, strict=True)
+        for shards, weight in mixture.items()
     ]
 
 
-def restore_optimizers(log_dir, optimizers, states):
-    """Load the optimizers' states, but for what the settings say; exits if they are another model's."""
+def restore(log_dir, optimizers, scaler, saved):
+    """Load what resume.pt has for the optimizers, the GradScaler and the random numbers.
+
+    The settings of the optimizers stay as they are. Exits if what it has is another model's.
+    """
     try:
-        for optimizer, state in zip(optimizers, states, strict=True):
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             now = [{k: g[k] for k in ("betas", "weight_decay") if k in g} for g in optimizer.param_groups]
             optimizer.load_state_dict(state)
             for p, s in optimizer.state.items():
@@ -114,12 +179,23 @@ def restore_optimizers(log_dir, optimizers, states):
                 group.update(settings)
     except (ValueError, KeyError, AttributeError):
         sys.exit(f"{log_dir}/resume.pt: is not of the model beside it; both are needed to go on")
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(saved["rng"])
 
 
-def check_finite(log_dir, step, finite):
-    """Exit if a parameter is not finite, so that a broken model never takes the place of a good one."""
-    if not finite:
-        sys.exit(f"step {step}: the weights are no longer finite; nothing saved, {last_good(log_dir)}")
+def resume_command(log_dir):
+    """What to type to go on with this run."""
+    script = "train_gpt2.py --resume" + (f" --log_dir={shlex.quote(log_dir)}" if log_dir != "log" else "")
+    processes, here = (os.environ.get(key) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes in (None, "1"):
+        return f"python {script}"
+    if processes == here:
+        return f"torchrun --standalone --nproc_per_node={processes} {script}"
+    return f"the same torchrun command with {script}"
+
+
+# -- the folder -----------------------------------------------------------------------
 
 
 def last_good(log_dir):
@@ -149,15 +225,19 @@ def save_tensors(path, state):
 
 
 class LogDir:
-    """The folder in the hands of the one process that writes to it.
+    """The folder in the hands of the one process that writes to it; in those of the others it does nothing.
 
     saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an
     earlier run to old_1/ and so on; resume: whether a resume.pt would have been gone on from. Exits if
     another live run has the folder, or it cannot be written.
     """
 
-    def __init__(self, path, saved=None, resume=False):
-        self.path, self._files = path, {}
+    def __init__(self, path, saved=None, resume=False, writes=True):
+        self.path, self.writes, self._files, self._drawing = path, writes, {}, None
+        self.saved = (saved["step"], saved["evaluated_step"]) if saved else None  # what resume.pt is of
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        if not writes:
+            return
         try:
             self._lock = lock_folder(path)
             now = load_resume(path, mmap=True) if resume else None
@@ -199,7 +279,7 @@ class LogDir:
             try:
                 if line.startswith("{"):
                     record = json.loads(line)
-                    at, kind = record["step"], record.get("kind")
+                    at, kind = record.get("step", -1), record.get("kind")
                 else:
                     at, kind, _ = line.split()
                 evaluated = int(at) == step == evaluated_step and kind != "train"
@@ -220,26 +300,47 @@ class LogDir:
 
     def record(self, step, kind, value, **more):
         """One line in log.txt and, with everything else there is to say, one in metrics.jsonl."""
-        self._append("log.txt", f"{step} {kind} {value:.{6 if kind == 'train' else 4}f}")
+        if self.writes:
+            self._append("log.txt", f"{step} {kind} {value:.{6 if kind == 'train' else 4}f}")
         self.note(step, kind, **more)
 
-    def note(self, step, kind, file="metrics.jsonl", **more):
-        """A line of a .jsonl file. JSON has no nan and no infinity: they become null."""
+    def note(self, step, kind, **more):
+        """A line of the .jsonl file of its kind. JSON has no nan and no infinity: they become null."""
         odd = [key for key, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
-        self._append(file, json.dumps({"step": step, "kind": kind, **more, **dict.fromkeys(odd)}))
+        line = json.dumps({"step": step, "kind": kind, **more, **dict.fromkeys(odd)})
+        if self.writes:
+            self._append(FILES.get(kind, "metrics.jsonl"), line)
 
-    def save(self, model, resume, keep=0):
-        """Save a checkpoint, the dicts model and resume, both with their "step"; returns the model's path.
+    def save(self, run, model, optimizers, scaler, enc, val_loss=None, keep=0):
+        """Save a checkpoint, if the last one is of another state: the model and resume.pt. All ranks call it.
 
-        With keep, deletes all but the newest `keep` checkpoints and the best by validation loss.
+        Exits if a parameter is not finite: a broken model never takes the place of a good one. With keep,
+        deletes all but the newest `keep` models and the best by validation loss.
         """
-        step = model["step"]
+        if (run.step, run.evaluated_step) == self.saved:
+            return
+        start = time.monotonic()
+        if not all_finite(model.parameters()):
+            good = last_good(self.path)
+            sys.exit(f"step {run.step}: the weights are no longer finite; nothing saved, {good}")
+        weights, states = state_dicts(model, optimizers)
+        if self.writes:
+            model_file = {"model": weights, "config": dataclasses.asdict(model.config), "step": run.step}
+            model_file |= {"val_loss": val_loss, "settings": run.settings, "tokenizer": tokenizer_state(enc)}
+            resume_file = dataclasses.asdict(run) | {"optimizers": states, "scaler": scaler.state_dict()}
+            resume_file |= {"rng": torch.get_rng_state()}
+            self._write(model_file, resume_file, keep)
+        self.saved, self.saved_at = (run.step, run.evaluated_step), time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def _write(self, model_file, resume_file, keep):
+        step = model_file["step"]
         path = model_path(self.path, step)
-        save_tensors(path, model)
-        self.checkpoints[step] = model["val_loss"]
+        save_tensors(path, model_file)
+        self.checkpoints[step] = model_file["val_loss"]
         for f in self._files.values():  # a power cut must not take records that the checkpoint counts on
             os.fsync(f.fileno())
-        save_tensors(os.path.join(self.path, "resume.pt"), resume | {"checkpoints": self.checkpoints})
+        save_tensors(os.path.join(self.path, "resume.pt"), resume_file | {"checkpoints": self.checkpoints})
         if keep:
             measured = {s: loss for s, loss in self.checkpoints.items() if loss is not None and loss == loss}
             kept = {step, *sorted(self.checkpoints)[-keep:], *sorted(measured, key=measured.get)[:1]}
@@ -247,4 +348,24 @@ class LogDir:
                 if os.path.exists(model_path(self.path, s)):
                     os.remove(model_path(self.path, s))
                 del self.checkpoints[s]
-        return path
+        print(f"step {step:5d} | saved {path}")
+
+    def draw(self, wait=0.0):
+        """Have plot.py draw plot.png, if matplotlib is there, in a process of its own: it cannot end the run.
+
+        Waits for it for at most so many seconds. Does nothing while it is still at an earlier picture.
+        """
+        if not self.writes or importlib.util.find_spec("matplotlib") is None:
+            return
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if self._drawing:
+                self._drawing.wait(wait)
+            command = [
+                sys.executable,
+                os.path.join(os.path.dirname(__file__), "plot.py"),
+                f"--logs={self.path}",
+            ]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self._drawing = subprocess.Popen(command, start_new_session=True, **quiet)
+            if wait:
+                self._drawing.wait(wait)

@@ -1,4 +1,4 @@
-"""GPT-2: the model, its loss, its optimizers, its sampling loop, and how its weights are loaded.
+"""GPT-2: the model, its loss, its optimizers, how it generates, and how its weights are loaded.
 
 Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2
 and GPT-3 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings.
@@ -10,16 +10,16 @@ GPTConfig's last five fields each exchange one of these parts for what came late
     model, enc = load_model("gpt2-xl")                                 # OpenAI's weights
 """
 
-import codecs
 import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tokenizer import load_tokenizer
 from weights import OPENAI_MODELS, find_checkpoint, load_checkpoint, read_hugging_face, tokenizer_beside
@@ -89,18 +89,6 @@ def attend(q, k, v, mask, causal):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
 
 
-def recompute(function, *args):
-    """function(*args), where autograd keeps args alone, and has function called again for the backward pass.
-
-    That stops before a matrix product which is function's last act, as its result is not needed. As used here
-    a step of 124M takes 12% less memory in the same time (2 cores, 4,096 tokens). torch.compile sees to this by
-    itself, and small tensors (the demo's) are not worth the time: both have a plain call.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args[0].numel() < 1 << 21:
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -110,10 +98,10 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
             self.q_norm, self.k_norm = (RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
 
-    def forward(self, qkv, cache=None, pos=0, mask=None, turn=None):
-        """What c_attn has made of x, (B, T, 3C) -> (B, T, C)."""
-        B, T, C = *qkv.shape[:2], qkv.size(2) // 3
-        q, k, v = qkv.split(C, dim=2)
+    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
+        """x (B, T, C) -> (B, T, C). See GPT.hidden for the other arguments."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, nh, T, hs)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
         if hasattr(self, "q_norm"):
@@ -129,7 +117,7 @@ class CausalSelfAttention(nn.Module):
             if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=q.device).tril(pos)
         y = attend(q, k, v, mask, causal=pos == 0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(v.dtype))
 
 
 class MLP(nn.Module):
@@ -143,7 +131,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd, config.bias)
 
     def forward(self, x):
-        """What c_fc has made of x, (B, T, width) -> (B, T, C)."""
+        """x (B, T, C) -> (B, T, C)."""
+        x = self.c_fc(x)
         if self.kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, x = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * x)
@@ -161,18 +150,39 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, pos=0, mask=None, turn=None):
-        """x + attention of its norm, and then x + MLP of its norm; in four parts, for the sake of recompute."""
-        qkv = recompute(self.into_attention, x)
-        y = self.attn(qkv, cache, pos, mask, turn)
-        x, y = recompute(self.into_mlp, x, y)
-        return x + recompute(self.mlp, y)
+        x = x + self.attn(self.ln_1(x), cache, pos, mask, turn)
+        return x + self.mlp(self.ln_2(x))
 
-    def into_attention(self, x):
-        return self.attn.c_attn(self.ln_1(x))
 
-    def into_mlp(self, x, y):
-        x = x + y
-        return x, self.mlp.c_fc(self.ln_2(x))
+# What recompute() keeps: the products of matrices, and attention, by each of torch's kernels.
+PRODUCTS = [
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu",
+                 "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+                 "_scaled_dot_product_cudnn_attention")
+]  # fmt: skip
+
+
+def recompute(block, x, *args, everything=False):
+    """block(x, *args), of which autograd keeps the products alone, and computes the rest again for backward.
+
+    A step of 124M takes 16% less memory in the same time (2 cores, 4,096 tokens). torch.compile, of the model
+    or of FSDP's blocks, sees to that by itself, and small tensors (the demo's) are not worth the time: these
+    have a plain call. With everything, autograd keeps x alone: the least memory, but all is computed twice.
+    """
+    if not torch.is_grad_enabled():
+        return block(x, *args)
+    how = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    if everything:
+        return checkpoint(block, x, *args, **how)
+    compiled = (
+        torch.compiler.is_compiling() or block._compiled_call_impl is not None
+    )  # the model, or FSDP's blocks
+    if compiled or x.numel() < 1 << 21:
+        return block(x, *args)
+    return checkpoint(
+        block, x, *args, **how, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS)
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -184,11 +194,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (rows, C), targets (N,), -1 for none -> a scalar, nats, float32."""
+        """x (N, C), weight (rows, C), targets (N,), -1 for none -> (loss, accuracy), both scalars, float32.
+
+        loss is in nats, accuracy the share of targets with the highest logit: not counted with_gradients.
+        """
         size = 256 if x.device.type == "cpu" else 8192  # rows of GPT-2's vocabulary;
         size = size * 50304 // len(weight)  # of a smaller one as many logits, which are more rows
         w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
-        loss = torch.zeros((), device=x.device)
+        loss, right = torch.zeros(2, device=x.device)
         dx = dw = None
         if with_gradients:
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
@@ -199,17 +212,21 @@ class LinearCrossEntropy(torch.autograd.Function):
             p = p.log_softmax(dim=-1, dtype=torch.float32)
             target = targets[part, None].clamp(min=0)
             loss -= (p.gather(1, target) * keep[part]).sum()
-            if with_gradients:  # of the sum over rows: softmax minus one-hot
+            if not with_gradients:
+                right += ((p.max(dim=-1, keepdim=True).indices == target) & keep[part]).sum()
+            else:  # of the sum over rows: softmax minus one-hot
                 p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
                 dx[part] = (p @ w) * keep[part]
                 dw += p.t() @ (x[part] * keep[part])
         count = keep.sum()
         ctx.save_for_backward(dx, dw, count)
         ctx.dtype = weight.dtype
-        return loss / count
+        accuracy = right / count
+        ctx.mark_non_differentiable(accuracy)
+        return loss / count, accuracy
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         dx, dw, count = ctx.saved_tensors
         return dx * (grad / count), (dw * (grad / count)).to(ctx.dtype), None, None, None
 
@@ -275,20 +292,18 @@ class GPT(nn.Module):
                 turn = [t[:, None] for t in turn]
         for i, block in enumerate(self.transformer.h):
             args = (x, None if cache is None else cache[i], pos, mask, turn)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+            x = recompute(block, *args, everything=self.activation_checkpointing)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
         """Hidden states (..., C) to logits (..., vocab_size)."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, with_accuracy=False):
         """Logits (B, T, vocab_size) of token ids idx (B, T); with targets (B, T) the loss instead.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32).
+        The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32). Without
+        gradients, with_accuracy returns (loss, the share of them that are the likeliest token).
         """
         x = GPT.hidden(self, idx)  # not self.hidden: FSDP wraps that for calls from outside
         if targets is None:
@@ -297,7 +312,8 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = (x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return LinearCrossEntropy.apply(*rows, self.config.vocab_size, torch.is_grad_enabled())
+        loss, accuracy = LinearCrossEntropy.apply(*rows, self.config.vocab_size, torch.is_grad_enabled())
+        return (loss, accuracy) if with_accuracy else loss
 
     def position_weights(self):
         """The position embeddings: one parameter, or none."""
@@ -418,91 +434,6 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
-
-
-def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
-    """Continue a prompt; yield, token after token, the new text of each sample: num_samples strings.
-
-    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are
-    empty, and at max_new_tokens. sampling: the settings of sample_token.
-    """
-    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
-    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
-    # A character can span tokens: the decoder holds back the bytes of an unfinished one.
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
-    ended = [False] * num_samples
-    for tokens in model.generate(idx, max_new_tokens, num_samples, vocab_size=enc.n_vocab, **sampling):
-        pieces = [""] * num_samples
-        for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == enc.eot_token
-            if not ended[i]:
-                pieces[i] = decoders[i].decode(enc.decode_single_token_bytes(token))
-        yield pieces
-        if all(ended):
-            break
-    yield [decoder.decode(b"", final=True) for decoder in decoders]
-
-
-@torch.no_grad()
-def score_completions(model, pairs, batch_tokens=0):
-    """Log-probabilities of completions, given their contexts.
-
-    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors of
-    len(pairs): the log-probability of each completion in nats (float64), and its number of tokens.
-    A context that is too long loses its beginning. Runs under the autocast of the caller.
-
-    Completions of one context share a row, so that the context is read once: each follows it at the
-    same positions, and a mask keeps them from seeing each other. Rows of similar length make a batch
-    of up to batch_tokens tokens; 0 is 16,384, or 1,024 on a CPU, where large batches are slower (124M,
-    bfloat16, 2 cores: 2.8 times with 16,384). A compiled model is scored by its uncompiled self, since
-    each batch has a shape of its own.
-    """
-    model = getattr(model, "_orig_mod", model)
-    device, block_size = model.lm_head.weight.device, model.config.block_size
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16384)
-    rows = {}  # context: {completion: [numbers of its pairs]}, all as tuples
-    for i, (context, completion) in enumerate(pairs):
-        # A completion longer than the model's context is scored in pieces, each behind the last.
-        size = len(completion) if len(completion) <= block_size else max(1, block_size // 2)
-        for start in range(0, len(completion), size):
-            piece = completion[start : start + size]
-            past = (*context, *completion[:start])[-(block_size + 1 - len(piece)) :]
-            rows.setdefault(past, {}).setdefault(tuple(piece), []).append(i)
-
-    def length(row):
-        return len(row[0]) + sum(len(piece) - 1 for piece in row[1])
-
-    sums = torch.zeros(len(pairs), dtype=torch.float64)
-    rows = sorted(rows.items(), key=length, reverse=True)
-    while rows:
-        T = length(rows[0])
-        B = max(1, batch_tokens // T)
-        batch, rows = rows[:B], rows[B:]
-        idx, positions, branch = torch.zeros(3, len(batch), T, dtype=torch.long)  # branch 0 is the context
-        row, column, target, owners = [], [], [], []  # of each prediction; owners are numbers of pairs
-        for b, (context, pieces) in enumerate(batch):
-            n = end = len(context)
-            idx[b, :n], positions[b, :n] = torch.tensor(context), torch.arange(n)
-            for k, (piece, numbers) in enumerate(pieces.items(), start=1):
-                start, end = end, end + len(piece) - 1
-                idx[b, start:end] = torch.tensor(piece[:-1])
-                positions[b, start:end] = torch.arange(n, n + len(piece) - 1)
-                branch[b, start:end] = k
-                row += [b] * len(piece)
-                column += [n - 1, *range(start, end)]
-                target += piece
-                owners += [numbers] * len(piece)
-        branch = branch.to(device)
-        mask = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        mask = mask.tril()[:, None]  # (B, 1, T, T)
-        x = model.hidden(idx.to(device), positions=positions.to(device), mask=mask)[row, column]  # (N, C)
-        losses = [
-            F.cross_entropy(model.logits(part).float(), t, reduction="none")
-            for part, t in zip(x.split(512), torch.tensor(target, device=device).split(512), strict=True)
-        ]
-        for numbers, loss in zip(owners, torch.cat(losses).double().tolist(), strict=True):
-            sums[numbers] -= loss
-    return sums, torch.tensor([len(completion) for _, completion in pairs])
 
 
 def load_model(ckpt="latest", device="cpu", log_dir="log"):

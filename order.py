@@ -18,6 +18,9 @@ import time
 
 import numpy as np
 
+from parallel import all_agree, print0
+from shards import Shards
+
 
 def permutation(n, *key):
     """A random order of range(n), the same on every machine: sorts n raw draws of a PCG64(key)."""
@@ -27,8 +30,11 @@ def permutation(n, *key):
 class TrainOrder:
     """Which T tokens sequence n of a run is, and the sequences themselves. See the top of this file."""
 
+    settled = False  # whether the data is known to be complete for every process: none waits any more
+
     def __init__(self, shards, T, seed):
-        self.shards, self.T, self.seed = shards, T, seed
+        self.shards, self.T, self.seed, self.enc = shards, T, seed, shards.enc
+        self.parts = [(self, 1)]  # and their weights
         self._windows = functools.lru_cache(maxsize=2)(self._shuffle_windows)
         self._sign, self._heard_at = None, time.monotonic()
         self._count()
@@ -55,12 +61,21 @@ class TrainOrder:
         order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
         return order, self.counts[order].cumsum()
 
+    @property
+    def complete(self):
+        """Whether all of the data has been written."""
+        return self.shards.complete
+
     def has(self, n):
         """Whether sequence n has been written; looks into the folder again where it has not."""
         if not self.shards.complete and n >= self.per_epoch:
             self.shards.refresh()
             self._count()
         return self.shards.complete or n < self.per_epoch
+
+    def progress(self):
+        """In words: how many shards there are, of those that are not complete."""
+        return "" if self.complete else f"{len(self.shards.train)} in {self.shards.data_dir}"
 
     def silence(self):
         """Seconds since meta.json, which fineweb.py touches while it is at work, was last seen to change."""
@@ -79,6 +94,16 @@ class TrainOrder:
         place = int(np.searchsorted(ends, rank, side="right"))
         shard = int(order[place])
         return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
+
+    def describe(self, sequences):
+        """Yield lines on the data, as it is read by steps of so many sequences."""
+        for part, weight in self.parts:
+            share = f", {float(weight):.2%} of the tokens" if len(self.parts) > 1 else ""
+            folder, steps = part.shards.data_dir, part.per_epoch / sequences / float(weight)
+            yield f"{steps:,.1f} steps an epoch of {folder}{share}"
+            if not part.complete:
+                found = f"{len(part.shards.train)} training shards now, more as fineweb.py goes on"
+                yield f"{folder} is not complete: {found}"
 
     def batches(self, first, count, B, rank=0, world_size=1):
         """Yield one process's micro-batches of sequences first .. first + count - 1, in turns of B each.
@@ -143,7 +168,8 @@ class Mixture:
     """
 
     def __init__(self, orders, weights):
-        self.orders, self.T = orders, orders[0].T
+        self.orders, self.T, self.enc = orders, orders[0].T, orders[0].enc
+        self.parts = list(zip(orders, weights, strict=True))
         self.period = math.lcm(*(weight.denominator for weight in weights))
         if self.period > 10_000:
             sys.exit("--data_dir: the weights of a mixture may have four decimals")
@@ -164,15 +190,23 @@ class Mixture:
         source = next(i for i in range(len(now)) if now[i] != then[i])
         return self.orders[source].read(now[source])
 
-    batches = TrainOrder.batches
+    settled, batches, describe = False, TrainOrder.batches, TrainOrder.describe
+
+    @property
+    def complete(self):
+        return all(order.complete for order in self.orders)
 
     def has(self, n):
         """Whether sequences up to n have been written."""
         return all(order.has(count - 1) for order, count in zip(self.orders, self.before(n + 1), strict=True))
 
+    def progress(self):
+        """In words: how many shards there are, of those that are not complete."""
+        return ", ".join(order.progress() for order in self.orders if not order.complete)
+
     def silence(self):
         """Seconds since the quietest of the folders that are not complete was last seen to change."""
-        return max((order.silence() for order in self.orders if not order.shards.complete), default=0)
+        return max((order.silence() for order in self.orders if not order.complete), default=0)
 
     def epochs(self, n):
         """{folder: how often it has been read after n sequences}."""
@@ -184,6 +218,50 @@ class Mixture:
         for order, start, end in zip(self.orders, self.before(first), self.before(last), strict=True):
             for read in order.exposure(start, end):
                 yield {"data_dir": order.shards.data_dir, **read}
+
+
+def in_words(exposure):
+    """What exposure() yields, short enough for a line."""
+    return ", ".join(
+        f"epoch {read['epoch']} {read['shard']} tokens {read['tokens'][0][0]} to {read['tokens'][-1][1]} "
+        f"({len(read['tokens'])} ranges, in metrics.jsonl)"
+        for read in exposure
+    )
+
+
+def open_mixture(data_dir):
+    """{Shards: its share, a Fraction} of a data_dir; exits if a folder has none, or another tokenizer."""
+    mixture = {Shards(folder): share for folder, share in parse_mixture(data_dir).items()}
+    first, *others = mixture
+    for shards in others:
+        shards.check_tokenizer(first.data_dir, first.enc)
+    return mixture
+
+
+def train_order(mixture, T, seed):
+    """The TrainOrder or Mixture of what open_mixture has opened."""
+    orders = [TrainOrder(shards, T, seed) for shards in mixture]
+    return orders[0] if len(orders) == 1 else Mixture(orders, list(mixture.values()))
+
+
+def wait_for(order, n, stop, minutes):
+    """Return "" when sequence n is there for every process, "asked" or "silent" if it is not to be.
+
+    Looks every 5 seconds, until a process has been asked to stop (see parallel.StopRequests) or fineweb.py has
+    given no sign of life for so many minutes. All ranks call it: none waits alone.
+    """
+    told = False
+    while not order.settled and not all_agree(order.has(n)):
+        if not told:
+            print0(f"waiting for fineweb.py to write the next training shard: there are {order.progress()}")
+            told = True
+        time.sleep(5)
+        if stop.anywhere():
+            return "asked"
+        if not all_agree(order.silence() < 60 * minutes):
+            return "silent"
+    order.settled = order.settled or all_agree(order.complete)
+    return ""
 
 
 def val_windows(shards, T, max_tokens):

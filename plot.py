@@ -18,6 +18,7 @@ import sys
 import numpy as np
 
 from configurator import configure
+from shards import write_whole
 
 # -- settings: override any with --key=value --------------------------------------
 logs = "log"  # log folders of runs, separated by commas
@@ -119,8 +120,10 @@ def pyplot():
 
 
 def save(fig, path):
+    """Write the picture, whole or not at all: somebody may be looking at the last one."""
+    kind = os.path.splitext(path)[1][1:] or "png"
     try:
-        fig.savefig(path, dpi=110)
+        write_whole(path, lambda f: fig.savefig(f, dpi=110, format=kind))
     except (OSError, ValueError) as e:
         sys.exit(f"--out={path}: cannot write this picture ({e})")
     print(path)
@@ -178,14 +181,15 @@ def of_gpt2(runs):
     return all(about.get("tokenizer") == "gpt2" for _, _, about in runs)
 
 
-def draw_eval(kind, title, ylabel, chance, published=()):
+def draw_eval(kind, title, ylabel, key="value", chance=None, published=()):
     """A function that draws the scores of an eval; published: (score, name) of models to compare with."""
 
     def draw(ax, runs):
         for (name, run, _), color in zip(runs, COLORS, strict=False):
-            if kind in run:
-                ax.plot(axis(run, kind), run[kind]["value"], "o-", color=color, markersize=3, label=name)
-        baseline(ax, chance, "chance", right=True)
+            if key in run.get(kind, {}):
+                ax.plot(axis(run, kind), run[kind][key], "o-", color=color, markersize=3, label=name)
+        if chance is not None:
+            baseline(ax, chance, "chance", right=True)
         if of_gpt2(runs):
             for score, model in published:
                 baseline(ax, score, model)
@@ -262,8 +266,9 @@ def draw_run():
 
     panels = [
         (has("train") or has("val"), draw_loss),
-        (has("hella"), draw_eval("hella", "HellaSwag", "acc_norm", 0.25, HELLASWAG)),
-        (has("ewok"), draw_eval("ewok", "EWoK", "context score", 0.5)),
+        (has("val", "accuracy"), draw_eval("val", "accuracy", "share of tokens predicted", "accuracy")),
+        (has("hella"), draw_eval("hella", "HellaSwag", "acc_norm", chance=0.25, published=HELLASWAG)),
+        (has("ewok"), draw_eval("ewok", "EWoK", "context score", chance=0.5)),
         (bool(domains(runs)), draw_domains),
         (has("train", "lr"), draw_train("lr", "learning rate", "AdamW's lr")),
         (has("train", "grad_norm"), draw_train("grad_norm", "gradient norm", "norm before clipping", log=True)),

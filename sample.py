@@ -9,14 +9,15 @@ Text streams to the terminal as it is made. All samples are made at once, as row
 first one streams, the others follow when it is done.
 """
 
+import codecs
 import sys
 
 import torch
 import torch.nn as nn
 
 from configurator import configure
-from device import pick_device, pick_dtype
-from model import load_model, stream_text
+from model import load_model
+from parallel import pick_device, pick_dtype
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -34,6 +35,29 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float16 weights on CPUs, else bfloat16 where the hardware has it, else float16
 
 RULE = "-" * 80  # between samples
+
+
+def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
+    """Continue a prompt; yield, token after token, the new text of each sample: num_samples strings.
+
+    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are
+    empty, and at max_new_tokens. sampling: the settings of sample_token.
+    """
+    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
+    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
+    # A character can span tokens: the decoder holds back the bytes of an unfinished one.
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
+    ended = [False] * num_samples
+    for tokens in model.generate(idx, max_new_tokens, num_samples, vocab_size=enc.n_vocab, **sampling):
+        pieces = [""] * num_samples
+        for i, token in enumerate(tokens.tolist()):
+            ended[i] = ended[i] or token == enc.eot_token
+            if not ended[i]:
+                pieces[i] = decoders[i].decode(enc.decode_single_token_bytes(token))
+        yield pieces
+        if all(ended):
+            break
+    yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
 class HalfLinear(nn.Module):

@@ -16,10 +16,12 @@ import time
 
 import filelock  # comes with torch and datasets
 import numpy as np
+import requests
+from tqdm import tqdm
 
 from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 
-# -- writing ----------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------
 
 
 def write_whole(path, write):
@@ -52,6 +54,38 @@ def lock_folder(folder):
     return lock
 
 
+def fetch(url, path, timeout):
+    """One try of download()."""
+    with requests.get(url, stream=True, timeout=timeout) as r:
+        r.raise_for_status()
+        total = int(r.headers.get("content-length", 0)) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
+
+            def write(f):
+                for chunk in r.iter_content(1 << 20):
+                    bar.update(f.write(chunk))
+
+            write_whole(path, write)
+
+
+def download(url, path, timeout=30, tries=3):
+    """Fetch url to path with a progress bar, whole or not at all; raises requests' exceptions.
+
+    What may be a hiccup of the network or the server is tried again, after 1, 2, 4, ... seconds.
+    """
+    for failures in range(tries):
+        try:
+            return fetch(url, path, timeout)
+        except requests.RequestException as e:
+            refused = e.response is not None and e.response.status_code < 500
+            if refused or failures == tries - 1:
+                raise
+            time.sleep(2**failures)
+
+
+# -- writing ------------------------------------------------------------------------
+
+
 def token_dtype(enc):
     """The smallest type of NumPy that shards of this vocabulary fit."""
     return np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32
@@ -63,9 +97,11 @@ class ShardWriter:
     The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two
     shards gives its last tenth to validation instead. Files are renamed into place when whole.
 
-    Where out_dir holds the beginning of the same set, it is continued: `start` is then the state, as add()
-    got it, behind which the caller takes up the stream, and `seen` the number of tokens before that.
-    Exits if what is there was made with other settings, which `about` holds for meta.json.
+    Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those
+    from there up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is
+    continued: the stream is then to be taken up again at `taken`, where `state`, as add() got it, says how, and
+    that is before `written`; until it has come there, its tokens are compared with what the shards end with.
+    Exits if they differ, or what is there was made with other settings, which `about` holds for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about):
@@ -75,7 +111,6 @@ class ShardWriter:
             self.buffer = np.empty(2 * shard_size, token_dtype(enc))
         except MemoryError:
             sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
-        self.held = 0  # tokens in the buffer
         self.tokenizer = tokenizer_state(enc)
         self.meta = {
             **about,
@@ -86,82 +121,74 @@ class ShardWriter:
             "complete": False,
             "shards": [],
         }
-        self.seen, self.state = 0, None  # tokens taken from the stream, and where its source is behind them
-        self.start = None  # the state to go on from
-        self.again = 0  # tokens still to come that are in shards already
+        self.written = self.taken = 0
+        self.state = None  # where the stream's source stands at `taken`
         self.alive_at = 0.0  # when meta.json was last touched
         if has_shards(out_dir):
             self._continue()
 
     def _continue(self):
+        other = "choose another --out_dir"
         old = read_meta(self.out_dir)
         if not old:
-            sys.exit(
-                f"{self.out_dir} holds shards already: choose another --out_dir, or delete it to start over"
-            )
+            sys.exit(f"{self.out_dir} holds shards already: {other}, or delete it to start over")
         for key, value in self.meta.items():
             if key not in ("complete", "shards") and old.get(key) != value:
-                sys.exit(
-                    f"{self.out_dir} holds shards made with {key}={old.get(key)}, not {value}: choose another "
-                    "--out_dir, or delete it to start over"
-                )
+                what = f"{key}={old.get(key)}, not {value}"
+                sys.exit(f"{self.out_dir} holds shards made with {what}: {other}, or delete it to start over")
         if not isinstance(self.tokenizer, str):
             there = tokenizer_state(load_tokenizer(os.path.join(self.out_dir, "tokenizer.json")))
             if there != self.tokenizer:
-                sys.exit(
-                    f"{self.out_dir} holds shards made with another tokenizer.json: choose another --out_dir"
-                )
+                sys.exit(f"{self.out_dir} holds shards made with another tokenizer.json: {other}")
         if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.shard_size):
             return  # the first two belong together, and so do those of a small corpus: they are written again
         self.meta = old
-        written = sum(shard["tokens"] for shard in old["shards"])
+        self.written = self.taken = sum(shard["tokens"] for shard in old["shards"])
         if not old["complete"]:
-            self.start, self.seen = old["position"]["state"], old["position"]["tokens"]
-            self.state = self.start
-            self.again = written - self.seen
-            self.last = open_shard(os.path.join(self.out_dir, old["shards"][-1]["file"]))
+            self.state, self.taken = old["position"]["state"], old["position"]["tokens"]
 
     def add(self, tokens, state=None):
         """Take the next tokens of the stream; state (plain JSON values) is where its source is behind them."""
-        self.meta["position"] = {"state": self.state, "tokens": self.seen}  # the start of these tokens
-        self.state = state
-        self.seen += len(tokens)
-        if self.again:
-            tokens = self._compare(tokens)
-        while len(tokens):
+        self.meta["position"] = {"state": self.state, "tokens": self.taken}  # the start of these tokens
+        if self.taken < self.written:
+            self._compare(tokens)
+        new = tokens[max(0, self.written - self.taken) :]
+        self.state, self.taken = state, self.taken + len(tokens)
+        while len(new):
+            held = self.taken - len(new) - self.written  # tokens in the buffer
             full = self.shard_size * (1 if self.meta["shards"] else 2)
-            new = tokens[: full - self.held]
-            self.buffer[self.held : self.held + len(new)] = new
-            self.held += len(new)
-            tokens = tokens[len(new) :]
-            if self.held == full:
+            part, new = new[: full - held], new[full - held :]
+            self.buffer[held : held + len(part)] = part
+            if held + len(part) == full:
                 self._flush(self.buffer[:full])
         if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
             os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
             self.alive_at = time.monotonic()
 
     def _compare(self, tokens):
-        """Drop from tokens what is in shards already; exits if it is not what the last of them ends with."""
-        size, before = len(self.last), self.again
-        known, tokens = tokens[:before], tokens[before:]
-        self.again -= len(known)
-        if self.again < size and not np.array_equal(
-            known[max(0, before - size) :], self.last[max(0, size - before) : size - self.again]
+        """Exit if tokens, which start at `taken`, differ from the last shard, where they overlap with it."""
+        last = open_shard(os.path.join(self.out_dir, self.meta["shards"][-1]["file"]))
+        begin = self.written - len(last)  # its place in the stream
+        start, end = max(self.taken, begin), min(self.taken + len(tokens), self.written)
+        if start < end and not np.array_equal(
+            tokens[start - self.taken : end - self.taken], last[start - begin : end - begin]
         ):
             sys.exit(f"{self.out_dir} holds the beginning of another text than this: choose another --out_dir")
-        return tokens
 
     def close(self):
         """Write what is left; returns the dict of meta.json. Exits if there never was a token."""
-        rest = self.buffer[: self.held]
+        held = self.taken - self.written
+        if held < 0:
+            sys.exit(f"{self.out_dir} holds the beginning of a longer text than this: choose another --out_dir")
+        rest = self.buffer[:held]
         if not self.meta["shards"]:
-            if not self.held:
+            if not held:
                 sys.exit("the dataset is empty: it has no document with text")
             # The last tenth, from the start of a document if one is near, is for validation.
-            cut = self.held * 9 // 10
+            cut = held * 9 // 10
             starts = np.flatnonzero(rest == self.enc.eot_token)
             nearest = starts[np.abs(starts - cut).argmin()]
-            if 20 * abs(nearest - cut) <= self.held:
+            if 20 * abs(nearest - cut) <= held:
                 cut = int(nearest)
             self._write_shard(rest[cut:])
             rest = rest[:cut]
@@ -174,7 +201,6 @@ class ShardWriter:
     def _flush(self, tokens):
         for start in range(0, len(tokens), self.shard_size):
             self._write_shard(tokens[start : start + self.shard_size])
-        self.held = 0
 
     def _write_shard(self, tokens):
         i = len(self.meta["shards"])
@@ -197,6 +223,7 @@ class ShardWriter:
                 "bytes": int(self.byte_lengths[tokens].sum(dtype=np.int64)),
             }
         )
+        self.written += len(tokens)
         self._write_meta()
 
     def _write_meta(self):
@@ -204,7 +231,7 @@ class ShardWriter:
         write_whole(path, lambda f: f.write(json.dumps(self.meta, indent=1).encode()))
 
 
-# -- reading ----------------------------------------------------------------------
+# -- reading ------------------------------------------------------------------------
 
 
 def has_shards(data_dir):
@@ -257,6 +284,14 @@ class Shards:
             sys.exit(
                 f"{data_dir}/meta.json: says {meta['vocab_size']} tokens, its tokenizer {name} has "
                 f"{self.enc.n_vocab}; make the shards again with python fineweb.py"
+            )
+
+    def check_tokenizer(self, name, enc):
+        """Exit if the tokenizer enc of `name` is not that of these shards."""
+        if tokenizer_state(enc) != tokenizer_state(self.enc):
+            sys.exit(
+                f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {self.data_dir} has "
+                f"{self.enc.name} ({self.enc.n_vocab}): make shards with the model's own"
             )
 
     def refresh(self):

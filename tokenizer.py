@@ -1,16 +1,8 @@
-"""Tokenizers by name, each a tiktoken.Encoding; as a script, train one of your own.
+"""Tokenizers by name, each a tiktoken.Encoding.
 
     load_tokenizer("gpt2")              GPT-2's 50,257-token BPE, through tiktoken (downloaded once)
     load_tokenizer("bytes")             the 256 bytes and <|endoftext|>; needs no download
-    load_tokenizer("tokenizer.json")    a byte-level BPE of your own
-
-    python tokenizer.py --data=my_texts --vocab_size=8192 --out=tokenizer.json
-    python fineweb.py --dataset=my_texts --tokenizer=tokenizer.json --out_dir=my_shards
-
-Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes since GPT-2): a pattern cuts text into pieces,
-words by and large; inside of one, starting from bytes, the pair of tokens that was the most frequent in
-training becomes one token, again and again. Training is rustbpe's (1.1 s for 34 MB on 2 cores, where
-Hugging Face's tokenizers took 3.0 s for tokens that compress the same).
+    load_tokenizer("tokenizer.json")    a byte-level BPE of your own, as train_tokenizer.py writes it
 
 tokenizer.json holds {"name", "pat_str", "tokens", "special_tokens"}: `tokens` are base64 byte
 strings whose place in the list is their id and their merge rank, as in tiktoken's own files.
@@ -20,21 +12,9 @@ A checkpoint carries its tokenizer as a name or, for one of your own, as that sa
 import base64
 import hashlib
 import json
-import os
 import sys
 
 import tiktoken
-
-from configurator import configure
-
-# -- settings: override any with --key=value --------------------------------------
-data = "fineweb-edu"  # what to train on: a name or a path, as fineweb.py's --dataset
-subset = "sample-10BT"  # of fineweb(-edu)
-text_column = "text"  # the column that holds the text
-max_bytes = 100_000_000  # how much of it; 0: all
-vocab_size = 8192  # tokens, <|endoftext|> among them
-pattern = "gpt4"  # how text is cut into pieces: gpt4 or gpt2
-out = "tokenizer.json"  # the file to write
 
 EOT = "<|endoftext|>"  # opens every document
 PATTERNS = {
@@ -191,73 +171,3 @@ def own_name(ranks):
     """A name for a tokenizer of one's own: the same for the same tokens."""
     tokens = b" ".join(base64.b64encode(token) for token in sorted(ranks, key=ranks.get))
     return f"bpe-{len(ranks) + 1}-{hashlib.sha256(tokens).hexdigest()[:8]}"
-
-
-# -- as a script --------------------------------------------------------------------
-
-
-def train(texts, vocab_size, pat_str):
-    """A tiktoken.Encoding of vocab_size tokens, the last one <|endoftext|>, trained on texts by rustbpe."""
-    try:
-        import rustbpe
-    except ImportError:
-        sys.exit("training a tokenizer needs rustbpe: pip install rustbpe")
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - 1, pattern=pat_str)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return tiktoken.Encoding(
-        own_name(ranks), pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-    )
-
-
-def bytes_per_token(enc, texts):
-    """UTF-8 bytes of the texts over their tokens: the higher, the better enc compresses them."""
-    size = sum(len(text.encode(errors="replace")) for text in texts)
-    return size / sum(len(enc.encode_ordinary(text)) for text in texts)
-
-
-def main():
-    from fineweb import Documents, cut
-    from shards import write_whole
-
-    if vocab_size < 257:
-        sys.exit(f"--vocab_size={vocab_size}: must be at least 257, the bytes and {EOT}")
-    if pattern not in PATTERNS:
-        sys.exit(f"--pattern={pattern}: choose {' or '.join(PATTERNS)}")
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        sys.exit(f"--out={out}: there is no folder {os.path.dirname(out)}")
-    held_out, size = [], 0
-
-    def training_texts():
-        """Of every twenty documents nineteen; the twentieth is held out."""
-        nonlocal size
-        for i, text in enumerate(Documents(data, subset, text_column)):
-            if i % 20 == 19:
-                held_out.append(text)
-            else:
-                yield from cut(text)
-            size += len(text.encode(errors="replace"))
-            if 0 < max_bytes <= size:
-                break
-
-    enc = train(training_texts(), vocab_size, PATTERNS[pattern])
-    if not size:
-        sys.exit(f"--data={data}: holds no text to train on")
-    if enc.n_vocab < vocab_size:
-        print(f"the text has pairs for {enc.n_vocab} tokens only, not {vocab_size}")
-    write_whole(out, lambda f: f.write(json.dumps(tokenizer_state(enc)).encode()))
-    print(f"{out}: {enc.n_vocab} tokens, from {size:,} bytes of {data}")
-    if held_out:
-        print(f"bytes per token on {len(held_out)} documents that were held out:")
-        print(f"  {enc.name:24} {bytes_per_token(enc, held_out):.3f}")
-        try:
-            print(f"  {'gpt2 (50257)':24} {bytes_per_token(load_tokenizer('gpt2'), held_out):.3f}")
-        except SystemExit as e:
-            print(f"  gpt2: {e}")
-    else:
-        print("fewer than 20 documents: none was held out to measure the compression on")
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()

@@ -15,34 +15,30 @@ of processes and any B: see order.py. Step s is logged before its update, so mod
 250 updates and `250 val` is its loss.
 """
 
+import collections
 import dataclasses
-import errno
-import functools
+import datetime
 import math
-import os
-import re
-import shlex
-import signal
+import statistics
 import sys
 import time
+from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
+import evals
 import ewok
 import hellaswag
 import logdir
 import parallel
 from configurator import configure, current_settings, read_settings
-from device import peak_flops, pick_autocast, pick_compile, pick_dtype
-from fineweb import write_demo_shards
-from model import GPT, GPTConfig, load_model, stream_text
-from order import Mixture, TrainOrder, parse_mixture, read_windows, val_windows
-from shards import Shards, has_shards, read_meta
-from tokenizer import token_byte_lengths, tokenizer_state
+from fineweb import make_demo_shards
+from model import GPT, GPTConfig, load_model
+from order import in_words, open_mixture, train_order, wait_for
+from parallel import pick_autocast, pick_compile, pick_dtype, print0
+from shards import has_shards
 
 # -- settings: override any with --key=value --------------------------------------
 preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large or -xl; auto: gpt2 if there are shards, else tiny
@@ -84,11 +80,14 @@ eval_every = 250  # validation loss
 hellaswag_every = 250  # HellaSwag, as python hellaswag.py scores it
 hellaswag_limit = 0  # on only the first so many of its items; 0: all
 ewok_every = 250  # EWoK, as python ewok.py scores it
+ewok_items = False  # the numbers of each of its items too, in log/ewok_items.jsonl
 val_tokens = 10_485_760  # tokens it is measured on: the first of the validation shards, or all if fewer
 sample_every = 250  # text from the model
 sample_prompt = "Hello, I'm a language model,"  # how it starts; empty: <|endoftext|>
 sample_tokens = 48  # how long it is
 save_every = 5000  # checkpoints
+plot_every = -1  # log/plot.png, where matplotlib is installed; -1: at each checkpoint and at the end
+print_every = 1  # a line on the terminal; log.txt has every step
 exposure_every = 0  # log/exposure.jsonl: which tokens the model has seen
 # what can go wrong
 save_minutes = 60.0  # a checkpoint as well when the last one is this old; 0: never
@@ -113,7 +112,7 @@ PRESETS = {
         n_layer=3, n_head=4, n_embd=128, mlp="relu2", B=16, T=128, total_batch_size=2048,
         max_steps=1100, warmup_steps=20, max_lr=5e-3, schedule="cosine", beta2=0.99,
         eval_every=275, hellaswag_every=0, ewok_every=0, save_every=275,
-        sample_every=275, sample_prompt="\n", sample_tokens=160,
+        sample_every=275, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),
     "modern": MODERN | dict(max_lr=2e-3),
     "gpt2": {},
@@ -123,6 +122,7 @@ PRESETS = {
 }  # fmt: skip
 
 DEMO_DIR = "demo_data"
+ARCHITECTURE = [f.name for f in dataclasses.fields(GPTConfig) if f.name in globals()]  # the settings it has
 
 
 def default_settings(given):
@@ -132,7 +132,7 @@ def default_settings(given):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
     saved = logdir.load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
     if saved:
-        return logdir.resumed_settings(saved, given, file_settings)
+        return logdir.resumed_settings(saved, given, file_settings, fixed=[*ARCHITECTURE, "optimizer"])
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
@@ -171,57 +171,7 @@ def stalled(losses):
     return bool(before) and min(recent) > min(before) - 0.002
 
 
-@torch.no_grad()
-def evaluate(model, shards, B, T, max_tokens, autocast, rank=0, world_size=1):
-    """Validation loss over the first max_tokens validation tokens, the batches divided among ranks.
-
-    Returns {"loss", "perplexity", "bpb", "tokens"}: nats a token, its exp, bits a UTF-8 byte of the
-    text, and how many tokens were predicted.
-    """
-    device = next(model.parameters()).device
-    byte_lengths = np.array(token_byte_lengths(shards.enc))
-    windows = val_windows(shards, T, max_tokens)
-    if not windows:
-        sys.exit(f"{shards.data_dir} has no validation tokens to measure the loss on")
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    starts = range(rank * B, len(windows), world_size * B)
-    for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
-        x, y = read_windows(shards, windows[i : i + B], B, T)
-        tokens = y[y >= 0]
-        with autocast:
-            loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-        sums += torch.tensor([loss.item() * len(tokens), len(tokens), byte_lengths[tokens].sum()])
-    if world_size > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    nats, tokens, size = sums.tolist()
-    loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "bpb": nats / math.log(2) / max(size, 1),
-        "tokens": int(tokens),
-    }
-
-
-def evaluate_sources(model, sources, weights, *args, **ranks):
-    """evaluate() on each of the Shards in sources; of a mixture, its mean by weight and all {folder: loss}."""
-    results = [evaluate(model, shards, *args, **ranks) for shards in sources]
-    if len(results) == 1:
-        return results[0]
-    mean = {
-        key: sum(float(w) * r[key] for w, r in zip(weights, results, strict=True)) for key in ("loss", "bpb")
-    }
-    return {
-        "loss": mean["loss"],
-        "perplexity": math.exp(min(mean["loss"], 700)),
-        "bpb": mean["bpb"],
-        "tokens": sum(r["tokens"] for r in results),
-        "sources": {shards.data_dir: r["loss"] for shards, r in zip(sources, results, strict=True)},
-    }
-
-
-# -- the run ------------------------------------------------------------------------
+# -- before the first step ----------------------------------------------------------
 
 
 def check_settings():
@@ -229,7 +179,7 @@ def check_settings():
     positive = """n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens
         max_bad_steps""".split()
     for key, value in current_settings(globals()).items():
-        least = 1 if key in positive else 0
+        least = 1 if key in positive else -1 if key == "plot_every" else 0
         if not isinstance(value, str) and not value >= least:  # which is also true of nan
             sys.exit(f"--{key}={value}: must be at least {least}")
     if seed >= 1 << 63:
@@ -245,7 +195,7 @@ def check_settings():
         sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
 
 
-def fit_micro_batch(world_size, given, say):
+def fit_micro_batch(world_size, given):
     """Lower B, unless the command line gives it, until it divides the batch; exits if none does."""
     unit = B * T * world_size
     if total_batch_size % unit == 0:
@@ -253,386 +203,295 @@ def fit_micro_batch(world_size, given, say):
     fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
     if fits and "B" not in given:
         globals()["B"] = fits[-1]
-        return say(f"--B={fits[-1]}, which divides the {total_batch_size} tokens of a step evenly")
+        return print0(f"--B={fits[-1]}, which divides the {total_batch_size} tokens of a step evenly")
     hint = f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
     shape = f"B x T x processes = {B} x {T} x {world_size}"
     sys.exit(f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}")
 
 
-def make_demo_data():
-    """Shards to train on where there are none; a run that goes on, or an evaluation, keeps those it has."""
-    made = (resume or eval_only) and (read_meta(DEMO_DIR) or {}).get("complete")
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not made:
-        print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
-        print(f"on {write_demo_shards(DEMO_DIR)['dataset']}")
+def open_model(shards, saved, precision, where):
+    """The GPT to train, on its device: of the run to resume, with given weights, or fresh."""
+    torch.manual_seed(seed)
+    source = logdir.model_path(log_dir, saved["step"]) if saved else init_from
+    if source:
+        model, enc = load_model(source, "cpu" if fsdp else where, log_dir)
+        shards.check_tokenizer(source, enc)
+        if model.config.block_size < T:
+            sys.exit(f"--T={T} is more than {source}'s context: use --T={model.config.block_size}")
+    else:
+        parts = {key: globals()[key] for key in ARCHITECTURE}
+        model = GPT(GPTConfig(block_size=T, vocab_size=shards.enc.n_vocab, **parts))
+    compiled = pick_compile(compile, where)
+    if fsdp and dist.is_initialized():
+        if precision == torch.float16:
+            sys.exit("--fsdp=True: not in float16; use --dtype=bfloat16 or float32")
+        parallel.shard(model, precision, compiled)
+    elif compiled:
+        model.compile()
+    model.activation_checkpointing = activation_checkpointing
+    return model.to(where).train()
 
 
-def load_eval_items(name, load, where, say):
-    """The items of an eval; None, after a warning, if a process cannot have them: the run goes on."""
-    items, why = None, "another process has none"
-    try:
-        items = parallel.local_first(load)
-    except SystemExit as e:
-        why = e
-    if not parallel.all_agree(items, where):
-        say(f"warning: this run goes without {name}: {why}")
-        return None
-    return items
+def describe(model, order, precision, where, world_size):
+    """Print what is trained, on what; returns the tokens/s at an MFU of 1, None where that is not known."""
+    name, peak = parallel.peak_flops(where, precision)
+    compiled = "on" if pick_compile(compile, where) else "off"
+    grad_accum_steps = total_batch_size // (B * T * world_size)
+    print0(f"{world_size} x {name}, {str(precision)[6:]}, compile {compiled}")
+    print0(f"{model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {order.enc.name}")
+    print0(f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device)")
+    for line in order.describe(total_batch_size // T):
+        print0(line)
+    return world_size * peak / model.flops_per_token(T) if peak else None
 
 
-def check_tokenizer(name, enc, shards):
-    """Exit if the tokenizer enc of `name` is not that of the shards."""
-    if tokenizer_state(enc) != tokenizer_state(shards.enc):
+# -- once in a while ----------------------------------------------------------------
+
+
+def end_of(run):
+    """The step at which the run ends: max_steps, or where plateau has seen it end."""
+    return min(max_steps, run.last_step or max_steps)
+
+
+def due(every, run):
+    """Whether something is to be done at this step: every so many steps, and at the end."""
+    return every > 0 and (run.step % every == 0 or run.step == end_of(run))
+
+
+def evaluations(model, mixture, order, autocast, ranks):
+    """{kind: (every so many steps, function of (run, log))}: what is done once in a while, in this order."""
+    tasks, enc = {}, order.enc
+    if all(shards.val for shards in mixture):
+        how = (B, T, val_tokens, autocast, ranks)
+        tasks["val"] = eval_every, partial(evals.validate, model, mixture, *how)
+    for kind, name, every, script, how in (
+        ("hella", "HellaSwag", hellaswag_every, hellaswag, {"limit": hellaswag_limit}),
+        ("ewok", "EWoK", ewok_every, ewok, {}),
+    ):
+        items = every and evals.load_eval_items(name, partial(script.load_items, **how))
+        if items:
+            task = partial(evals.score, script, kind, items, model, enc, autocast, ranks, ewok_items)
+            tasks[kind] = every, task
+    how = (sample_prompt, sample_tokens, seed, autocast)
+    tasks["sample"] = sample_every, partial(evals.write_sample, model, enc, *how)
+    tasks["exposure"] = exposure_every, partial(evals.write_exposure, order)
+    tasks["plot"] = plot_every, lambda run, log: log.draw()
+    return tasks
+
+
+def evaluate_due(tasks, run, model, log, stop, seconds):
+    """Do what is due at this step; seconds[kind] gets the time that it took.
+
+    Returns (the validation loss if it was measured, "asked" if a process has been asked to stop). All of it is
+    done again then, when the run goes on.
+    """
+    now = {kind: task for kind, (every, task) in tasks.items() if due(every, run)}
+    if not now:
+        return None, ""
+    results, ending = {}, ""
+    parallel.gather(model)
+    for kind, task in now.items():
+        start = time.monotonic()
+        results[kind] = task(run, log)
+        seconds[kind].append(time.monotonic() - start)
+        if stop.anywhere():
+            ending = "asked"
+            break
+    parallel.release(model)
+    val_loss = results["val"]["loss"] if "val" in results else None
+    if len(results) == len(now):
+        run.evaluated_step = run.step
+        run.exposed = run.tokens if "exposure" in now else run.exposed
+        if val_loss is not None:
+            run.val_losses.append(val_loss)
+            cool_down_if_stalled(run)
+    return val_loss, ending
+
+
+def save_due(run, log):
+    """Whether a checkpoint is: every so many steps and, by rank 0's clock, minutes."""
+    overdue = save_minutes > 0 and time.monotonic() - log.saved_at >= 60 * save_minutes
+    return run.step > 0 and (due(save_every, run) or parallel.from_rank_0(int(overdue)) > 0)
+
+
+def cool_down_if_stalled(run):
+    """plateau: give the run its last step."""
+    cooling = run.step >= end_of(run) - cooldown_steps
+    if schedule == "plateau" and run.step >= warmup_steps and not cooling and stalled(run.val_losses):
+        run.last_step = run.step + cooldown_steps
+        print0(f"step {run.step:5d} | val loss has stalled: cooling down until step {run.last_step}")
+
+
+# -- a step -------------------------------------------------------------------------
+
+
+def update(model, train_model, optimizers, scaler, order, run, rank, world_size):
+    """The update of this step: forward and backward for each micro-batch, then one step of the optimizers.
+
+    train_model is what makes the gradients of model: itself or DDP. Returns {"loss", "lr", "grad_norm",
+    "seconds", "finite"}; if it is not finite, the weights stay as they are.
+    """
+    start, where = time.perf_counter(), model.lm_head.weight.device
+    lr, sequences = get_lr(run.step, end_of(run)), total_batch_size // T
+    grad_accum_steps = sequences // (B * world_size)
+    total = torch.zeros((), device=where)
+    for micro_step, rows in enumerate(order.batches(run.tokens // T, sequences, B, rank, world_size)):
+        rows = parallel.to_device(rows, where)  # (B, T + 1)
+        train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        with pick_autocast(dtype, str(where), cache=False):
+            loss = train_model(rows[:, :-1], rows[:, 1:])
+        total += loss.detach()
+        scaler.scale(loss / grad_accum_steps).backward()
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = (grad_norm.full_tensor() if parallel.is_divided(grad_norm) else grad_norm).item()
+    if world_size > 1:
+        dist.all_reduce(total)
+    loss = total.item() / (grad_accum_steps * world_size)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = lr
+        if finite:
+            parallel.step_optimizer(opt, scaler)
+        opt.zero_grad(set_to_none=True)
+    scaler.update()
+    seconds = time.perf_counter() - start
+    return {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds": seconds, "finite": finite}
+
+
+def time_left(run, tasks, seconds, save_seconds):
+    """Seconds from this step's update to the end: what is still due, each as long as it took lately."""
+    last = end_of(run)
+
+    def times(every):
+        return last // every - run.step // every + (last % every > 0) if every else 0
+
+    left = times(save_every) * save_seconds + (last - run.step - 1) * statistics.median_low(seconds["train"])
+    return left + sum(
+        times(tasks[kind][0]) * statistics.median_low(seconds[kind]) for kind in tasks.keys() & seconds.keys()
+    )
+
+
+def report(result, run, order, full_speed, left, log):
+    """Print and record a step, whose update returned `result`."""
+    step, loss, seconds, finite = run.step, result["loss"], result["seconds"], result.pop("finite")
+    read, seen = run.tokens // T, (run.tokens + total_batch_size) // T  # sequences, before and after this step
+    speed = total_batch_size / seconds
+    result |= {"tokens": seen * T, "epoch": order.epochs(seen), "tokens_per_second": speed}
+    mfu = ""
+    if full_speed:
+        result["mfu"] = speed / full_speed
+        mfu = f" | mfu {100 * result['mfu']:.1f}%"
+    eta = f" | eta {datetime.timedelta(seconds=round(left))}" if left is not None else ""
+    if print_every and (step % print_every == 0 or step == end_of(run) - 1 or not finite):
+        print0(
+            f"step {step:5d} | loss {loss:.6f} | lr {result['lr']:.4e} | norm {result['grad_norm']:.4f} | "
+            f"{1000 * seconds:.0f}ms | {speed:,.0f} tok/s{mfu}{eta}"
+        )
+    if not finite:
+        result["skipped"] = list(order.exposure(read, seen))
+        data = in_words(result["skipped"])
+        print0(f"step {step:5d} | not finite: no update, {run.bad_steps} in a row; the data: {data}")
+    log.record(step, "train", loss, **result)
+    if run.bad_steps >= max_bad_steps:
         sys.exit(
-            f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {shards.data_dir} has "
-            f"{shards.enc.name} ({shards.enc.n_vocab}): make shards with the model's own"
+            f"step {step}: {run.bad_steps} steps in a row were not finite, the last on {data}; "
+            f"{logdir.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
         )
 
 
-def resume_command(world_size):
-    """What to type to go on with this run."""
-    script = "train_gpt2.py --resume" + (f" --log_dir={shlex.quote(log_dir)}" if log_dir != "log" else "")
-    if world_size == 1:
-        return f"python {script}"
-    if world_size == int(os.environ["LOCAL_WORLD_SIZE"]):
-        return f"torchrun --standalone --nproc_per_node={world_size} {script}"
-    return f"the same torchrun command with {script}"
+# -- the run ------------------------------------------------------------------------
+
+
+def finish(ending, log):
+    """The last words, when all is saved."""
+    parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
+    if plot_every:
+        log.draw(wait=60 if ending == "done" else 0)
+    again = logdir.resume_command(log_dir)
+    if ending == "silent":
+        said = f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved"
+        sys.exit(f"{said}: start fineweb.py again, then {again}")
+    done = f"done; see what it writes: python sample.py --log_dir={log_dir}"
+    print0(done if ending == "done" else f"stopped; go on with: {again}")
 
 
 def main(given):
+    """given: the settings on the command line."""
     check_settings()
     rank, world_size, where = parallel.start_processes(device)
-    ranks, master = {"rank": rank, "world_size": world_size}, rank == 0
-    say = print if master else lambda *args, **kwargs: None
-    device_type = where.split(":")[0]
+    ranks = {"rank": rank, "world_size": world_size}
     precision, autocast = pick_dtype(dtype, where), pick_autocast(dtype, where)
     torch.set_float32_matmul_precision("high")
 
-    def to_device(array):
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(where, non_blocking=True) if device_type == "cuda" else tensor.to(where)
-
-    # Data
-    if eval_only:
-        model, enc = load_model(ckpt, where, log_dir)
+    # The data, and how to read it
     if data_dir == DEMO_DIR and "data_dir" not in given:
-        parallel.local_first(make_demo_data)
-    mixture = parse_mixture(data_dir)
-    sources, weights = [Shards(folder) for folder in mixture], list(mixture.values())
-    shards = sources[0]
-    for other in sources[1:]:
-        check_tokenizer(shards.data_dir, shards.enc, other)
+        parallel.local_first(partial(make_demo_shards, DEMO_DIR, keep=resume or eval_only))
+    mixture = open_mixture(data_dir)
     if eval_only:
-        check_tokenizer(ckpt, enc, shards)
-        context = min(T, model.config.block_size)
-        result = evaluate_sources(model, sources, weights, B, context, val_tokens, autocast, **ranks)
-        say(f"{ckpt} on {data_dir}, context {context}:")
-        result |= result.pop("sources", {})
-        say(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
-        return
-    fit_micro_batch(world_size, given, say)
-    orders = [TrainOrder(source, T, seed) for source in sources]
-    order = orders[0] if len(orders) == 1 else Mixture(orders, weights)
-    sequences = total_batch_size // T  # in a step
-    grad_accum_steps = sequences // (B * world_size)
+        return evals.print_validation(ckpt, log_dir, where, mixture, B, T, val_tokens, autocast, ranks)
+    fit_micro_batch(world_size, given)
+    order = train_order(mixture, T, seed)
 
-    # Model and optimizer: of the run to resume, around given weights, or fresh
-    torch.manual_seed(seed)
+    # The run, the model, and what trains it: as resume.pt has them, or fresh
     saved = logdir.load_resume(log_dir) if resume else None
-    source = logdir.model_path(log_dir, saved["step"]) if saved else init_from
-    if source:
-        raw_model, enc = load_model(source, "cpu" if fsdp else where, log_dir)
-        check_tokenizer(source, enc, shards)
-        if raw_model.config.block_size < T:
-            sys.exit(f"--T={T} is more than {source}'s context: use --T={raw_model.config.block_size}")
-    else:
-        enc = shards.enc
-        config = GPTConfig(T, enc.n_vocab, n_layer, n_head, n_embd, pos, norm, mlp, qk_norm, bias)
-        raw_model = GPT(config)
-    compiled, sharded = pick_compile(compile, where), fsdp and world_size > 1
-    if sharded:
-        if precision == torch.float16:
-            sys.exit("--fsdp=True: not in float16; use --dtype=bfloat16 or float32")
-        parallel.shard(raw_model, precision, compiled)  # which takes it to the device as well
-    raw_model.to(where).train()
-    raw_model.activation_checkpointing = activation_checkpointing
-    optimizers = raw_model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
-    scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
-    start_step, evaluated_step = 0, None
-    first_sequence = 0  # of the data, for start_step
-    exposed = 0  # sequences in exposure.jsonl
-    bad_steps = 0  # in a row, whose loss or gradient was not finite
-    last_step = max_steps  # of the run; plateau can make it an earlier one
-    val_losses = []  # for plateau
+    settings, defaults = current_settings(globals()), file_settings(preset)
+    run = logdir.begin(log_dir, saved, given, mixture, T, settings, defaults, str(precision))
+    model = open_model(next(iter(mixture)), saved, precision, where)
+    optimizers = model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
+    scaler = torch.amp.GradScaler(where.split(":")[0], enabled=precision == torch.float16)
     if saved:
-        logdir.check_resumption(log_dir, saved, mixture, sources, None if "dtype" in given else str(precision))
-        start_step, evaluated_step, bad_steps = saved["step"], saved["evaluated_step"], saved["bad_steps"]
-        first_sequence, exposed = -(-saved["tokens"] // T), -(-saved["exposed"] // T)
-        logdir.restore_optimizers(log_dir, optimizers, saved["optimizers"])
-        last_step, val_losses = min(max_steps, saved["last_step"] or max_steps), saved["val_losses"]
-        if saved["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        say(f"resuming {log_dir} at step {start_step}{logdir.changes(saved, given)}")
-    if not parallel.all_agree(start_step == parallel.from_rank_0(start_step, where), where):
-        sys.exit(f"{log_dir}: is at step {start_step} for process {rank}, which not all processes have")
-    model = torch.compile(raw_model) if compiled and not sharded else raw_model
+        logdir.restore(log_dir, optimizers, scaler, saved)
     train_model = model
-    if world_size > 1 and not sharded:
-        train_model = DDP(model, device_ids=[where] if device_type == "cuda" else None)
+    if world_size > 1 and not fsdp:
+        train_model = DDP(model, device_ids=[where] if where.startswith("cuda") else None)
+    full_speed = describe(model, order, precision, where, world_size)
 
-    name, peak = peak_flops(where, precision)
-    flops_per_token = raw_model.flops_per_token(T)
-    say(f"{world_size} x {name}, {str(precision)[6:]}, compile {'on' if compiled else 'off'}")
-    say(f"{raw_model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {enc.name}")
-    say(f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device)")
-    for source, weight in zip(orders, weights, strict=True):
-        share = f", {float(weight):.2%} of the tokens" if len(orders) > 1 else ""
-        steps = source.per_epoch / sequences / float(weight)
-        say(f"{steps:,.1f} steps an epoch of {source.shards.data_dir}{share}")
+    # What is done besides training, and where it is written down
+    tasks = evaluations(model, mixture, order, autocast, ranks)
+    log = logdir.LogDir(log_dir, saved, resume, writes=rank == 0)
+    if not saved:
+        dataset = " + ".join(str(shards.dataset) for shards in mixture)
+        about = {"tokenizer": order.enc.name, "dataset": dataset, "parameters": model.num_params()}
+        log.note(0, "run", **about, settings=logdir.kept(run.settings))
+    del saved  # the optimizers have it
+    seconds = collections.defaultdict(
+        lambda: collections.deque(maxlen=20)
+    )  # {kind of work: what it took lately}
+    compiling = run.step if pick_compile(compile, where) else None  # the step whose time tells nothing
+    stop = parallel.StopRequests()
+    if run.step > max_steps:
+        return print0(f"nothing to do: the run is at step {run.step}, --max_steps={max_steps}")
 
-    # What to evaluate on, the log, and how to stop
-    hellaswag_items, ewok_items = None, None
-    if hellaswag_every:
-        load = functools.partial(hellaswag.load_items, limit=hellaswag_limit)
-        hellaswag_items = load_eval_items("HellaSwag", load, where, say)
-    if ewok_every:
-        ewok_items = load_eval_items("EWoK", ewok.load_items, where, say)
-    log = logdir.LogDir(log_dir, saved, resume) if master else None
-    record = log.record if master else lambda *args, **kwargs: None
-    settings = current_settings(globals())
-    if master and not saved:
-        about = {
-            "tokenizer": enc.name,
-            "dataset": " + ".join(str(source.dataset) for source in sources),
-            "parameters": raw_model.num_params(),
-        }
-        log.note(0, "run", **about, settings={key: settings[key] for key in logdir.LEARNING})
-    last_save, saved_at = (start_step, evaluated_step) if saved else None, time.monotonic()
-    del saved
-
-    def due(every, step):
-        return every > 0 and (step % every == 0 or step == last_step)
-
-    stop_requests = []  # (signal, when): Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1
-
-    def request_stop(signum, frame):
-        stop_requests.append((signum, time.monotonic()))
-        times = [at for number, at in stop_requests if number == signal.SIGINT]
-        if signum == signal.SIGINT and times[-1] - times[0] > 1:  # sooner, it may be torchrun that passes it on
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        if master:  # print() must not be called again while it is at work
-            os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
-
-    def asked_to_stop():
-        return not parallel.all_agree(not stop_requests, where)
-
-    def all_complete():
-        return parallel.all_agree(all(source.complete for source in sources), where)
-
-    for signal_name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, signal_name), request_stop)
-    stopping, save_now = False, False
-    waiting = not all_complete()  # for more shards to come
-    for source in sources:
-        if not source.complete:
-            found = f"{len(source.train)} training shards now, more as fineweb.py goes on"
-            say(f"{source.data_dir} is not complete: {found}")
-
-    if start_step > max_steps:
-        say(f"nothing to do: the run is at step {start_step}, --max_steps={max_steps}")
-    for step in range(start_step, max_steps + 1):
-        sequence = first_sequence + (step - start_step) * sequences  # the first of this step
-        abandoned = False
-        if waiting and not stopping and step < max_steps:
-            last, told = sequence + sequences - 1, False
-            while not (parallel.all_agree(order.has(last), where) or stopping):  # none waits alone
-                if not told:
-                    there = ", ".join(f"{len(s.train)} in {s.data_dir}" for s in sources if not s.complete)
-                    say(f"waiting for fineweb.py to write the next training shard: there are {there}")
-                told = True
-                time.sleep(5)
-                stopping = asked_to_stop()
-                abandoned = not stopping and not parallel.all_agree(order.silence() < 60 * data_timeout, where)
-                stopping = stopping or abandoned
-            waiting = not all_complete()
-        val_loss = None  # of this step, if it is measured
-
-        # Once in a while: the validation loss, the evals, a sample, what has been read
-        kinds = (eval_every, hellaswag_every, ewok_every, sample_every, exposure_every)
-        if evaluated_step != step and not stopping and any(due(every, step) for every in kinds):
-            parallel.gather(raw_model)
-            if due(eval_every, step) and all(source.val for source in sources):
-                result = evaluate_sources(model, sources, weights, B, T, val_tokens, autocast, **ranks)
-                val_loss, each = result["loss"], result.get("sources", {})
-                parts = "".join(f" | {folder} {loss:.4f}" for folder, loss in each.items())
-                say(f"step {step:5d} | val loss {val_loss:.4f} | {result['bpb']:.4f} bits per byte{parts}")
-                record(step, "val", val_loss, **result)
-                stopping = asked_to_stop()
-            if due(hellaswag_every, step) and hellaswag_items and not stopping:
-                with autocast:
-                    result = hellaswag.evaluate(raw_model, enc, hellaswag_items, **ranks)
-                say(f"step {step:5d} | HellaSwag {result['acc_norm']:.2%} acc_norm | {result['acc']:.2%} acc")
-                record(step, "hella", result["acc_norm"], **result)
-                stopping = asked_to_stop()
-            if due(ewok_every, step) and ewok_items and not stopping:
-                with autocast:
-                    result, _ = ewok.evaluate(raw_model, enc, ewok_items, **ranks)
-                say(f"step {step:5d} | EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean")
-                record(step, "ewok", result["context"], **result)
-                stopping = asked_to_stop()
-            if not stopping:  # else all of it is done again when the run goes on
-                if due(sample_every, step) and master:
-                    how = {"top_k": 50, "generator": torch.Generator(where).manual_seed(seed)}
-                    with autocast:
-                        pieces = stream_text(raw_model, enc, sample_prompt, sample_tokens, **how)
-                        text = sample_prompt + "".join(piece for (piece,) in pieces)
-                    log.note(step, "sample", text=text)
-                    say(f"step {step:5d} | sample:\n{text}\n")
-                if due(exposure_every, step) and master and step:
-                    for read in order.exposure(exposed, sequence):
-                        log.note(step, "exposure", file="exposure.jsonl", **read)
-                    exposed = sequence
-                if val_loss is not None:
-                    val_losses.append(val_loss)
-                    cooling = step >= last_step - cooldown_steps
-                    if schedule == "plateau" and step >= warmup_steps and not cooling and stalled(val_losses):
-                        last_step = step + cooldown_steps
-                        say(f"step {step:5d} | val loss has stalled: cooling down until step {last_step}")
-                evaluated_step = step
-            parallel.release(raw_model)
-
-        # Save what the next process needs to go on as if nothing had happened
-        save_now = save_now or stopping or step == last_step or (step and due(save_every, step))
-        if save_now and (step, evaluated_step) != last_save:
-            logdir.check_finite(log_dir, step, parallel.all_finite(raw_model.parameters(), where))
-            weights_now, optimizers_now = parallel.state_dicts(raw_model, optimizers)
-            if master:
-                model_state = {
-                    "model": weights_now,
-                    "config": dataclasses.asdict(raw_model.config),
-                    "step": step,
-                    "val_loss": val_loss,
-                    "settings": settings,
-                    "tokenizer": tokenizer_state(enc),
-                }
-                resume_state = {
-                    "step": step,
-                    "evaluated_step": evaluated_step,
-                    "tokens": sequence * T,
-                    "exposed": exposed * T,
-                    "bad_steps": bad_steps,
-                    "data": logdir.describe_data(mixture, sources),
-                    "settings": settings,
-                    "defaults": file_settings(preset),
-                    "precision": str(precision),
-                    "optimizers": optimizers_now,
-                    "last_step": last_step if last_step < max_steps else None,
-                    "val_losses": val_losses,
-                    "scaler": scaler.state_dict(),
-                    "rng": torch.get_rng_state(),
-                }
-                say(f"step {step:5d} | saved {log.save(model_state, resume_state, keep_checkpoints)}")
-            last_save, saved_at = (step, evaluated_step), time.monotonic()
-        save_now = False
-        if stopping or step == last_step:
-            parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
-            if abandoned:
-                sys.exit(
-                    f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved: start "
-                    f"fineweb.py again, then {resume_command(world_size)}"
-                )
-            if stopping:
-                say(f"stopped; go on with: {resume_command(world_size)}")
-            else:
-                say(f"done; see what it writes: python sample.py --log_dir={log_dir}")
+    ending = ""  # why the run ends: "done", "asked" to, or the data's writer is "silent"
+    while True:
+        val_loss = None
+        if not ending and run.step < end_of(run):
+            ending = wait_for(order, (run.tokens + total_batch_size) // T - 1, stop, data_timeout)
+        if not ending and run.evaluated_step != run.step:
+            val_loss, ending = evaluate_due(tasks, run, model, log, stop, seconds)
+        if not ending and run.step == end_of(run):
+            ending = "done"
+        if ending or save_due(run, log):
+            log.save(run, model, optimizers, scaler, order.enc, val_loss, keep_checkpoints)
+            if plot_every < 0 and not ending:
+                log.draw()
+        if ending:
             break
-
-        # The update: forward and backward for each micro-batch, then one step of the optimizers
-        t0 = time.perf_counter()
-        lr = get_lr(step, last_step)
-        sums = torch.zeros(3, device=where)  # of the loss, of requests to stop, of wishes to save
-        for micro_step, rows in enumerate(order.batches(sequence, sequences, B, rank, world_size)):
-            rows = to_device(rows)  # (B, T + 1)
-            train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with pick_autocast(dtype, where, cache=False):
-                loss = train_model(rows[:, :-1], rows[:, 1:])
-            sums[0] += loss.detach()
-            scaler.scale(loss / grad_accum_steps).backward()
-        for opt in optimizers:
-            scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
-        sums[1] = len(stop_requests)
-        sums[2] = master and save_minutes > 0 and time.monotonic() - saved_at >= 60 * save_minutes
-        if world_size > 1:
-            dist.all_reduce(sums)
-        loss, stops, saves = sums.tolist()
-        loss /= grad_accum_steps * world_size
-        stopping, save_now = stops > 0, saves > 0
-        bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        bad_steps = bad_steps + 1 if bad else 0
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = lr
-            if not bad:
-                parallel.step_optimizer(opt, scaler)
-            opt.zero_grad(set_to_none=True)
-        scaler.update()
-
-        seconds = time.perf_counter() - t0
-        speed = total_batch_size / seconds
-        seen = sequence + sequences
-        more = {"tokens": seen * T, "epoch": order.epochs(seen)}
-        mfu = ""
-        if peak:
-            more["mfu"] = flops_per_token * speed / (peak * world_size)
-            mfu = f" | mfu {100 * more['mfu']:.1f}%"
-        say(
-            f"step {step:5d} | loss {loss:.6f} | lr {lr:.4e} | norm {grad_norm:.4f} | "
-            f"{1000 * seconds:.0f}ms | {speed:,.0f} tok/s{mfu}"
-        )
-        if bad:
-            more["skipped"] = list(order.exposure(sequence, seen))
-            data = ", ".join(
-                f"epoch {r['epoch']} {r['shard']} tokens {r['tokens'][0][0]} to {r['tokens'][-1][1]} "
-                f"({len(r['tokens'])} ranges, in metrics.jsonl)"
-                for r in more["skipped"]
-            )
-            say(f"step {step:5d} | not finite: no update, {bad_steps} in a row; the data: {data}")
-        more |= {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds": seconds, "tokens_per_second": speed}
-        record(step, "train", loss, **more)
-        if bad_steps >= max_bad_steps:
-            sys.exit(
-                f"step {step}: {bad_steps} steps in a row were not finite, the last on {data}; "
-                f"{logdir.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
-            )
-
-
-def explain(e):
-    """The line for an error that is no fault of the code, None for others."""
-    if isinstance(e, RuntimeError) and re.search("out of memory|can't allocate|not enough memory", str(e)):
-        hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
-        return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
-    if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
-        return f"process {os.environ.get('RANK')} lost the others: {str(e).partition(chr(10))[0]}"
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-        return f"{e.filename or log_dir}: {e.strerror}; what was saved before is whole: mend it, then --resume"
+        result = update(model, train_model, optimizers, scaler, order, run, rank, world_size)
+        run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
+        if run.step != compiling:
+            seconds["train"].append(result["seconds"])
+        left = time_left(run, tasks, seconds, log.save_seconds) if seconds["train"] else None
+        report(result, run, order, full_speed, left, log)
+        run.step, run.tokens = run.step + 1, run.tokens + total_batch_size
+        ending = "asked" if stop.anywhere() else ""
+    finish(ending, log)
 
 
 if __name__ == "__main__":
-    try:
-        try:
-            main(configure(globals(), default_settings))
-        except Exception as e:
-            line = explain(e)
-            if not line:
-                raise
-            sys.exit(line)
-    except SystemExit as e:
-        if e.code and int(os.environ.get("RANK", 0)) > 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)  # most likely rank 0 says why, and torchrun ends this one: one line is enough
-        raise
-    parallel.end_processes()
+    parallel.run_script(
+        lambda: main(configure(globals(), default_settings)), lambda e: parallel.explain(e, B, log_dir)
+    )

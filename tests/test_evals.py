@@ -13,7 +13,8 @@ import torch
 import ewok
 import hellaswag
 from conftest import read_jsonl, read_log
-from model import GPT, GPTConfig, score_completions
+from model import GPT, GPTConfig
+from scoring import score_completions
 from tokenizer import load_tokenizer
 
 WORDS = "the a cat dog king tree red old sees runs holds over under and then slowly two houses water".split()
@@ -209,9 +210,7 @@ def test_hellaswag_is_downloaded_once(run, model, tmp_path, monkeypatch):
         asked.append(url)
         write_jsonl(tmp_path / path, hellaswag_items(5))
 
-    import fineweb
-
-    monkeypatch.setattr(fineweb, "download", download)
+    monkeypatch.setattr("shards.download", download)
     assert (
         run("hellaswag.py", "--split=train", "--ckpt") == run("hellaswag.py", "--split=train", "--ckpt") or True
     )
@@ -220,7 +219,7 @@ def test_hellaswag_is_downloaded_once(run, model, tmp_path, monkeypatch):
     def offline(url, path):
         raise requests.ConnectionError
 
-    monkeypatch.setattr(fineweb, "download", offline)
+    monkeypatch.setattr("shards.download", offline)
     with pytest.raises(
         SystemExit, match=r"cannot download HellaSwag \(ConnectionError\): put https://.*_val\.jsonl"
     ):
@@ -305,7 +304,8 @@ def brute_force_ewok(model, enc, item):
 
 def test_ewok_equals_brute_force(model, enc):
     items = ewok_items()
-    result, records = ewok.evaluate(model, enc, items)
+    result = ewok.evaluate(model, enc, items)
+    records = result["items"]
     expected = [brute_force_ewok(model, enc, item) for item in items]
     for i, ((numbers, scores), record) in enumerate(zip(expected, records, strict=True)):
         order = [numbers[1, 1], numbers[2, 1], numbers[1, 2], numbers[2, 2]]
@@ -334,13 +334,13 @@ def test_a_constant_model_scores_chance(enc):
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.zero_()
-    result, _ = ewok.evaluate(model, enc, ewok_items())
+    result = ewok.evaluate(model, enc, ewok_items())
     assert all(result[key] == 0.5 for key in ewok.SCORES)
 
 
 def test_only_contexts_and_targets_are_required(model, enc):
     items = [{k: v for k, v in item.items() if k[:-1] in ("Context", "Target")} for item in ewok_items()]
-    result, _ = ewok.evaluate(model, enc, items)
+    result = ewok.evaluate(model, enc, items)
     assert not any(key.startswith("by_") for key in result)
     assert result["context_domain_avg"] == result["context"]
 
@@ -521,7 +521,8 @@ def test_ewok_script(run, spawn, model, enc, tmp_path, monkeypatch):
     items, files = members()
     write_zip(tmp_path / "ewok_fast_jsonl.zip", files, b"ew2026")
     out = run("ewok.py", "--ckpt", "--items=True", "--dtype=float32")
-    result, records = ewok.evaluate(model, enc, items)
+    result = ewok.evaluate(model, enc, items)
+    records = result["items"]
     expected = " +".join(f"{result[key]:.3f}" for key in ewok.SCORES)
     assert re.search(rf"latest, all items +{expected} +48\n", out)
     assert re.search(r"Domain social +[\d.]+ ", out) and re.search(r"chance +0\.500 +0\.500 +0\.500", out)
@@ -575,12 +576,10 @@ def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, at_step, 
 
 
 def test_a_run_goes_on_without_the_data(run, shards, tmp_path, monkeypatch):
-    import fineweb
-
     def offline(url, path):
         raise requests.ConnectionError
 
-    monkeypatch.setattr(fineweb, "download", offline)
+    monkeypatch.setattr("shards.download", offline)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.delenv("EWOK_SRC", raising=False)
     out = run("train_gpt2.py", *TRAIN, "--hellaswag_every=2", "--ewok_every=2")

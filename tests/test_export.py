@@ -15,7 +15,8 @@ import tokenizer as tokenizer_module
 from conftest import GPT2, TEXT, read_log
 from model import GPT, GPTConfig, load_model
 from test_model import hf_model
-from tokenizer import EOT, PATTERNS, load_tokenizer, tokenizer_state, train
+from tokenizer import EOT, PATTERNS, load_tokenizer, tokenizer_state
+from train_tokenizer import train
 
 ODD = [
     *TEXT.splitlines(keepends=True)[:5],
@@ -220,7 +221,7 @@ def test_the_whole_chain(run, tmp_path):
     """Text -> tokenizer -> shards -> a model -> a sample -> a folder that transformers reads."""
     texts = [json.dumps({"text": line * 3}) for line in TEXT.splitlines(keepends=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
-    out = run("tokenizer.py", "--data=texts.jsonl", "--vocab_size=400", "--out=own.json")
+    out = run("train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=400", "--out=own.json")
     assert "own.json: 400 tokens, from" in out
     rate = float(re.search(r"9 documents that were held out:\n +bpe-400-\w{8} +([\d.]+)\n", out)[1])
     assert 3 < rate < 12
@@ -239,7 +240,9 @@ def test_the_whole_chain(run, tmp_path):
 def test_max_bytes(run, tmp_path):
     texts = [json.dumps({"text": line}) for line in TEXT.splitlines(keepends=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
-    out = run("tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--max_bytes=5e3", "--pattern=gpt2")
+    out = run(
+        "train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--max_bytes=5e3", "--pattern=gpt2"
+    )
     size = int(re.search(r"from ([\d,]+) bytes", out)[1].replace(",", ""))
     assert 5000 <= size < 5200
 
@@ -253,11 +256,11 @@ def test_mistakes_in_training(run, tmp_path, monkeypatch):
         (["--data=gone"], r"gone: no data files here|no such file"),
     ):
         with pytest.raises(SystemExit, match=message) as e:
-            run("tokenizer.py", "--data=a.txt", *args)
+            run("train_tokenizer.py", "--data=a.txt", *args)
         assert "\n" not in e.value.code
     monkeypatch.setitem(sys.modules, "rustbpe", None)
     with pytest.raises(SystemExit, match=r"training a tokenizer needs rustbpe: pip install rustbpe"):
-        run("tokenizer.py", "--data=a.txt")
+        run("train_tokenizer.py", "--data=a.txt")
     assert not (tmp_path / "tokenizer.json").exists()
 
 

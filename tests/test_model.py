@@ -12,7 +12,6 @@ import transformers
 from torch.nn import functional as F
 
 import model as code
-from device import pick_device, pick_dtype
 from model import (
     GPT,
     GPTConfig,
@@ -20,8 +19,9 @@ from model import (
     load_checkpoint,
     load_model,
     sample_token,
-    stream_text,
 )
+from parallel import pick_device, pick_dtype
+from sample import stream_text
 from tokenizer import load_tokenizer
 
 SHAPES = {
@@ -265,7 +265,7 @@ def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
             loss = model(x[:, :-1], x[:, 1:])
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert checkpoint.call_count == 3
+    assert checkpoint.call_count == 1  # of one block
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import export
 from conftest import TEXT, read_jsonl, read_log
 from fineweb import write_shards
-from model import GPT, GPTConfig, load_checkpoint, score_completions
+from model import GPT, GPTConfig, load_checkpoint
 from order import Mixture, TrainOrder, parse_mixture
+from scoring import score_completions
 from shards import Shards
 from test_train import SMALL, assert_same_run
 from tokenizer import load_tokenizer

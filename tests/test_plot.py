@@ -122,7 +122,7 @@ def test_a_real_log_and_its_position_embeddings(run, shards, tmp_path, figure):
     args = "--preset=tiny --data_dir=shards --n_layer=1 --n_embd=32 --T=16 --B=8 --total_batch_size=256"
     run("train_gpt2.py", *args.split(), "--max_steps=20", "--eval_every=5", *GPT2)
     run("plot.py")
-    assert list(figure["axes"]) == ["loss", "learning rate", "gradient norm", "throughput"]
+    assert list(figure["axes"]) == ["loss", "accuracy", "learning rate", "gradient norm", "throughput"]
     assert labels(figure["axes"]["loss"]) == ["train", "val"]
     assert run("plot.py", "--what=wpe", "--ckpt") == "log/wpe.png\n"
     assert list(figure["axes"]) == [

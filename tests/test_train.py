@@ -16,9 +16,10 @@ import pytest
 import requests
 import torch
 
-import device as device_module
+import evals
 import fineweb
 import order as order_module
+import parallel
 from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_checkpoint, load_model
@@ -79,7 +80,9 @@ def test_a_run_and_its_files(run, shards, tmp_path):
         record["tokens"] == 6 * 512 and record["lr"] > 0 and record["grad_norm"] > 0 and record["seconds"] > 0
     )
     assert [r["step"] for r in records if r["kind"] == "sample"] == [0, 30, 60]
-    assert re.search(r"step +59 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ms \| [\d,]+ tok/s\n", out)
+    assert re.search(
+        r"step +59 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ms \| [\d,]+ tok/s \| eta 0:00:0\d\n", out
+    )
 
     assert sorted(p.name for p in (tmp_path / "log").glob("*.pt")) == [
         "model_00030.pt",
@@ -291,7 +294,7 @@ def test_a_second_interrupt_stops_at_once(shards, tmp_path):
 def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
     """What was being evaluated is evaluated again, and logged once."""
     run("train_gpt2.py", *SMALL)
-    real = order_module.val_windows
+    real = evals.val_windows
     for step in (0, 3, 8):
         calls = []
 
@@ -301,10 +304,10 @@ def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args)
 
-        monkeypatch.setattr(order_module, "val_windows", stop)
+        monkeypatch.setattr(evals, "val_windows", stop)
         out = run("train_gpt2.py", *SMALL, f"--log_dir=stopped{step}")
         assert f"saved stopped{step}/model_{step:05d}.pt\nstopped; go on with" in out
-        monkeypatch.setattr(order_module, "val_windows", real)
+        monkeypatch.setattr(evals, "val_windows", real)
         run("train_gpt2.py", "--resume", f"--log_dir=stopped{step}")
         assert_same_run(tmp_path / "log", tmp_path / f"stopped{step}")
 
@@ -503,7 +506,7 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
         else "bfloat16"
     )
     monkeypatch.setattr(
-        "device.pick_dtype", lambda dtype, where, real=device_module.pick_dtype: real(other, where)
+        "parallel.pick_dtype", lambda dtype, where, real=parallel.pick_dtype: real(other, where)
     )
     with pytest.raises(
         SystemExit, match=rf"computes in b?float\d\d, --dtype=auto is {other} here: choose with --dtype="

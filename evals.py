@@ -1,0 +1,132 @@
+"""What a run measures as it goes: its validation loss, the evals, a sample, what it has read.
+
+Each of validate, score, write_sample and write_exposure prints a line and records what it found of a `run`
+(logdir.Run) in its `log` (logdir.LogDir); train_gpt2.py says when. An eval is a script like hellaswag.py with
+load_items(), evaluate() -> dict, summary(dict) -> str, and SCORE, the key of that dict that goes into log.txt.
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import load_model
+from order import read_windows, val_windows
+from parallel import all_agree, is_rank_0, local_first, print0
+from sample import stream_text
+from tokenizer import token_byte_lengths
+
+
+@torch.no_grad()
+def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
+    """Validation loss over the first max_tokens validation tokens, the batches divided among ranks.
+
+    Returns {"loss", "accuracy", "bpb", "tokens", "perplexity"}: nats a token, the share of tokens that the
+    model took for the likeliest, bits a UTF-8 byte of the text, how many tokens were predicted, and the exp of
+    the loss. Runs under the autocast of the caller.
+    """
+    device = model.lm_head.weight.device
+    byte_lengths = np.array(token_byte_lengths(shards.enc))
+    windows = val_windows(shards, T, max_tokens)
+    if not windows:
+        sys.exit(f"{shards.data_dir} has no validation tokens to measure the loss on")
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, right, tokens, bytes
+    starts = range(rank * B, len(windows), world_size * B)
+    for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
+        x, y = read_windows(shards, windows[i : i + B], B, T)
+        tokens = y[y >= 0]
+        means = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), with_accuracy=True)
+        nats, right = (len(tokens) * mean.item() for mean in means)
+        sums += torch.tensor([nats, right, len(tokens), byte_lengths[tokens].sum()])
+    if world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    nats, right, tokens, size = sums.tolist()
+    bpb = nats / math.log(2) / max(size, 1)
+    return with_perplexity(
+        {"loss": nats / tokens, "accuracy": right / tokens, "bpb": bpb, "tokens": int(tokens)}
+    )
+
+
+def with_perplexity(result):
+    return result | {"perplexity": math.exp(min(result["loss"], 700))}
+
+
+def evaluate_mixture(model, mixture, *args, **ranks):
+    """evaluate() on each of a mixture's Shards; of several, the mean by weight and all {folder: loss}."""
+    results = {shards.data_dir: evaluate(model, shards, *args, **ranks) for shards in mixture}
+    if len(results) == 1:
+        return next(iter(results.values()))
+    mean = {
+        key: sum(float(weight) * results[shards.data_dir][key] for shards, weight in mixture.items())
+        for key in ("loss", "accuracy", "bpb")
+    }
+    mean["tokens"] = sum(result["tokens"] for result in results.values())
+    return with_perplexity(mean) | {"sources": {folder: result["loss"] for folder, result in results.items()}}
+
+
+def validate(model, mixture, B, T, max_tokens, autocast, ranks, run, log):
+    with autocast:
+        result = evaluate_mixture(model, mixture, B, T, max_tokens, **ranks)
+    parts = "".join(f" | {folder} {loss:.4f}" for folder, loss in result.get("sources", {}).items())
+    print0(
+        f"step {run.step:5d} | val loss {result['loss']:.4f} | accuracy {result['accuracy']:.2%} | "
+        f"{result['bpb']:.4f} bits per byte{parts}"
+    )
+    log.record(run.step, "val", result["loss"], **result)
+    return result
+
+
+def print_validation(ckpt, log_dir, where, mixture, B, T, max_tokens, autocast, ranks):
+    """Print what evaluate_mixture finds of a checkpoint."""
+    model, enc = load_model(ckpt, where, log_dir)
+    next(iter(mixture)).check_tokenizer(ckpt, enc)
+    context = min(T, model.config.block_size)
+    with autocast:
+        result = evaluate_mixture(model, mixture, B, context, max_tokens, **ranks)
+    print0(f"{ckpt} on {' and '.join(shards.data_dir for shards in mixture)}, context {context}:")
+    result |= result.pop("sources", {})
+    print0(" | ".join(f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()))
+
+
+def load_eval_items(name, load):
+    """load(), the items of an eval; None, after a warning, if a process cannot have them: the run goes on."""
+    items, why = None, "another process has none"
+    try:
+        items = local_first(load)
+    except (Exception, SystemExit) as e:
+        why = e
+    if all_agree(items):
+        return items
+    print0(f"warning: this run goes without {name}: {why}")
+
+
+def score(script, kind, items, model, enc, autocast, ranks, with_items, run, log):
+    """An eval, the module of its script, as `kind` in the logs; with_items: each item's numbers too."""
+    with autocast:
+        result = script.evaluate(model, enc, items, **ranks)
+    print0(f"step {run.step:5d} | {script.summary(result)}")
+    numbers = result.pop("items", [])
+    log.record(run.step, kind, result[script.SCORE], **result)
+    for item in numbers if with_items else []:
+        log.note(run.step, f"{kind}_item", **item)
+    return result
+
+
+def write_sample(model, enc, prompt, max_new_tokens, seed, autocast, run, log):
+    if is_rank_0():
+        how = {"top_k": 50, "generator": torch.Generator(model.lm_head.weight.device).manual_seed(seed)}
+        with autocast:
+            pieces = stream_text(model, enc, prompt, max_new_tokens, **how)
+            text = prompt + "".join(piece for (piece,) in pieces)
+        log.note(run.step, "sample", text=text)
+        print(f"step {run.step:5d} | sample:\n{text}\n")
+
+
+def write_exposure(order, run, log):
+    if is_rank_0():
+        for read in order.exposure(run.exposed // order.T, run.tokens // order.T):
+            log.note(run.step, "exposure", **read)
