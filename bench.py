@@ -14,13 +14,11 @@ import ast
 import contextlib
 import functools
 import glob
-import io
 import json
 import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -35,7 +33,7 @@ from torch.nn import functional as F
 import fineweb
 import hellaswag
 import sample
-from configurator import configure
+from configurator import configure, current_settings
 from model import GPT, GPTConfig
 from order import TrainOrder
 from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
@@ -62,7 +60,6 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 compile = "auto"  # torch.compile of our training step: true, false, or auto, which is true on CUDA
 scratch = ""  # a folder to work in; empty: a temporary one
-worker = ""  # bench.py starts itself with this, for each contender
 
 VOCAB = 50257
 
@@ -157,22 +154,6 @@ def sample_transformers(precision=None):
     return repeat, max_new_tokens
 
 
-def sample_without_cache():
-    """A loop as nanoGPT's and build-nanogpt's: all tokens through the model again for each new one."""
-    model = new_model().to(device, pick_dtype(dtype, device)).eval()
-
-    @torch.no_grad()
-    def repeat():
-        idx = torch.arange(16, device=device)[None]
-        for _ in range(max_new_tokens):
-            logits = model.logits(model.hidden(idx)[:, -1]).float() / 0.8
-            kth = logits.topk(200).values[:, -1:]
-            probs = logits.masked_fill(logits < kth, -torch.inf).softmax(-1)
-            idx = torch.cat((idx, torch.multinomial(probs, 1)), dim=1)
-
-    return repeat, max_new_tokens
-
-
 def sample_nanogpt():
     """nanoGPT's generate; on a CPU in float32, as its sample.py runs it there."""
     theirs = definitions(nanogpt, "model.py")
@@ -234,7 +215,7 @@ def score_one_at_a_time(rows=1, autocast=None):
     return repeat, items
 
 
-def score_lm_eval(batch_size):
+def score_lm_eval(batch_size=4):
     """lm-evaluation-harness, with the tokens given to it: only its model's work is timed."""
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models
@@ -249,13 +230,12 @@ def score_lm_eval(batch_size):
 
 def corpus():
     """The path of the texts, or the files of Python's own standard library in a .jsonl file."""
-    if not data and not os.path.exists(scratch + "/texts.jsonl"):
-        paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
-        with open(scratch + "/texts.jsonl", "w") as f:
-            f.writelines(
-                json.dumps({"text": text}) + "\n" for path in paths for text in fineweb.read_text(path)
-            )
-    return data or scratch + "/texts.jsonl"
+    path = data or f"{scratch}/texts.jsonl"
+    if not os.path.exists(path):
+        sources = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+        with open(path, "w") as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for s in sources for text in fineweb.read_text(s))
+    return path
 
 
 def write_texts(write):
@@ -270,11 +250,7 @@ def write_texts(write):
 
 
 def tokenize_ours():
-    def write(texts, enc, folder):
-        with contextlib.redirect_stderr(io.StringIO()):
-            fineweb.write_shards(texts, enc, folder, "bench", shard_size=100_000_000)
-
-    return write_texts(write)
+    return write_texts(lambda texts, enc, folder: fineweb.write_shards(texts, enc, folder, "bench"))
 
 
 def encode_for_pool(text):
@@ -399,7 +375,6 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": sample_ours,
         "transformers": sample_transformers,
         "transformers, float32": partial(sample_transformers, torch.float32),
-        "without a cache": sample_without_cache,
         "nanoGPT": sample_nanogpt,
         "one sample of 8": partial(sample_ours, 8),
         "limit: weights, copied": copy,
@@ -409,9 +384,7 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "row by row": score_one_at_a_time,
         "item by item": partial(score_one_at_a_time, 4),
         "item by item, float32 (build-nanogpt)": partial(score_one_at_a_time, 4, contextlib.nullcontext()),
-        "lm_eval, batches of 4": partial(score_lm_eval, 4),
-        "lm_eval, batches of 8": partial(score_lm_eval, 8),
-        "lm_eval, batches of 16": partial(score_lm_eval, 16),
+        "lm_eval": score_lm_eval,
     }),
     "tokenize": ("tokens", {
         "ours": tokenize_ours,
@@ -424,77 +397,86 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
 }  # fmt: skip
 
 
-def work():
-    """One contender's process: a line on stdin is a turn, its seconds, units and peak memory the answer."""
-    part, _, name = worker.partition("/")
-    answers, sys.stdout = sys.stdout, sys.stderr
+def work(pipe, settings, part, name):
+    """One contender's process: sends its units of work and, for each turn, seconds and peak memory (bytes)."""
+    globals().update(settings)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
-    repeat, units = PARTS[part][1][name]()
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        repeat()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory()
-        print(json.dumps([seconds, units, peak]), file=answers, flush=True)
-
-
-def peak_memory():
-    """Bytes: the largest resident set that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    on_gpu = device.startswith("cuda")
+    try:
+        repeat, units = PARTS[part][1][name]()
+        pipe.send(units)
+        while pipe.recv():
+            start = time.perf_counter()
+            repeat()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+            pipe.send((seconds, torch.cuda.max_memory_allocated() if on_gpu else peak))
+    except (Exception, SystemExit) as e:
+        pipe.send(str(e) if isinstance(e, SystemExit) else f"{type(e).__name__}: {e}".partition("\n")[0])
 
 
 class Contender:
+    """A process that works once for each turn(). Raises RuntimeError, with its last words, if it cannot."""
+
     def __init__(self, part, name):
-        self.errors = open(f"{scratch}/errors", "w+")
-        command = [sys.executable, __file__, *sys.argv[1:], f"--scratch={scratch}", f"--worker={part}/{name}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
         start = time.monotonic()
-        self.process = subprocess.Popen(command, text=True, **pipes)
-        self.times = []
+        arguments = (theirs, current_settings(globals()), part, name)
+        self.process = context.Process(target=work, args=arguments)
+        self.process.start()
+        theirs.close()
+        self.units = self.answer()
         self.turn()
         self.first = time.monotonic() - start
         self.turn()
         self.times = []
 
+    def answer(self):
+        try:
+            found = self.pipe.recv()
+        except EOFError:
+            found = "killed"
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return found
+
     def turn(self):
-        """Have it repeat its work once. Raises RuntimeError with its last words if it cannot."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError((self.errors.read().strip().splitlines() or ["killed"])[-1])
-        seconds, self.units, self.peak = json.loads(answer)
-        self.times.append(seconds)
+        self.pipe.send(True)
+        seconds, self.peak = self.answer()
+        self.times = [*getattr(self, "times", []), seconds]
 
     def rate(self):
         return self.units / statistics.median(self.times)
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.pipe.send(False)
+        self.process.join()
+
+
+def enter(part, name):
+    """The Contender; None, and a row that says why, if it cannot take part."""
+    try:
+        return Contender(part, name)
+    except RuntimeError as e:
+        print(f"| {part} | | {name} | left out: {e} | | |", flush=True)
 
 
 def race(part):
     """Print how the first contender of a part compares with each of the others."""
     unit, contenders = PARTS[part]
     first, *others = contenders
-    try:
-        ours = Contender(part, first)
-    except RuntimeError as e:
-        return print(f"| {part} | left out: {e} | | | | |", flush=True)
-    for name in others:
+    ours = enter(part, first)
+    for name in others if ours else []:
         if not any(word in name for word in against.split(",")):
             continue
-        try:
-            theirs = Contender(part, name)
-        except RuntimeError as e:
-            print(f"| {part} | | {name} | left out: {e} | | |", flush=True)
+        theirs = enter(part, name)
+        if not theirs:
             continue
         ours.times = []
         for _ in range(rounds):
@@ -505,8 +487,9 @@ def race(part):
         memory = f"{ours.peak / 1e9:.1f} / {theirs.peak / 1e9:.1f} GB = {ours.peak / theirs.peak:.2f}"
         ratio = ours.rate() / theirs.rate()
         print(f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |", flush=True)
-    print(f"| {part} | first turn done {ours.first:.1f} s after the start of the process | | | | |", flush=True)
-    ours.close()
+    if ours:
+        print(f"| {part} | first turn done {ours.first:.1f} s after the start | | | | |", flush=True)
+        ours.close()
 
 
 def main():
@@ -527,9 +510,6 @@ def main():
 if __name__ == "__main__":
     configure(globals())
     device = pick_device(device)
-    if worker:
-        work()
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            scratch = scratch or folder
-            main()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = scratch or folder
+        main()

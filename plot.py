@@ -10,6 +10,7 @@ GPT-2 124M's loss of 3.2924 on build-nanogpt's validation shard and HellaSwag ac
 https://github.com/karpathy/build-nanogpt has measured them, and GPT-3 124M's 33.7 of the GPT-3 paper.
 """
 
+import functools
 import json
 import math
 import os
@@ -44,8 +45,7 @@ def read_run(folder):
     try:
         with open(path) as f:
             for line in f:
-                step, _, rest = line.partition(" ")
-                kind, _, value = rest.partition(" ")
+                step, kind, value = [*line.split(), "", "", ""][:3]
                 if line.endswith("\n") and step.isdigit():
                     records.setdefault(kind, {})[int(step)] = {"value": float(value)}
     except (OSError, ValueError) as e:
@@ -54,26 +54,22 @@ def read_run(folder):
         sys.exit(f"{path}: is empty; python train_gpt2.py writes it")
     about = {"tokenizer": "gpt2", "dataset": "fineweb-edu"}  # build-nanogpt's, which has only a log.txt
     path = os.path.join(folder, "metrics.jsonl")
-    if os.path.exists(path):
-        with open(path) as f:
-            for line in f:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if record["kind"] == "run":
-                    about = record
-                elif record["step"] in records.get(record["kind"], {}):
-                    records[record["kind"]][record["step"]] |= record
+    for line in open(path) if os.path.exists(path) else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["kind"] == "run":
+            about = record
+        elif record["step"] in records.get(record["kind"], {}):
+            records[record["kind"]][record["step"]] |= record
     run = {}
-    for kind, rows in records.items():
-        steps = sorted(rows)
-        keys = {key for step in steps for key, value in rows[step].items() if isinstance(value, (int, float))}
-        run[kind] = {
-            key: np.array([rows[step].get(key, np.nan) for step in steps], dtype=float) for key in keys
-        }
-        run[kind]["step"] = np.array(steps)
-        run[kind]["rows"] = [rows[step] for step in steps]
+    for kind, by_step in records.items():
+        steps = sorted(by_step)
+        rows = [by_step[step] for step in steps]
+        keys = {key for row in rows for key, value in row.items() if isinstance(value, (int, float))}
+        run[kind] = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
+        run[kind] |= {"step": np.array(steps), "rows": rows}
     return run, about
 
 
@@ -146,22 +142,16 @@ def draw_loss(ax, runs):
     """Training and validation loss of runs: [(name, run, about)], as read_run has them."""
     highs, lows = [], []
     for (name, run, _), color in zip(runs, COLORS, strict=False):
-        for kind in ("train", "val"):
-            if kind not in run:
-                continue
-            at, values = axis(run, kind), run[kind]["value"]
+        for kind in (kind for kind in ("train", "val") if kind in run):
+            at, line, look = axis(run, kind), run[kind]["value"], {"linewidth": 2, "markersize": 4}
+            if kind == "val" and len(line) < 40:
+                look["marker"] = "o"
             if kind == "train":
-                window = max(1, len(values) // 200)
-                line = smooth(values, window)
+                window, look = max(1, len(line) // 200), {"linewidth": 1, "alpha": 0.7}
                 if window > 1:
-                    ax.plot(at, values, color=color, alpha=0.15, linewidth=0.5)
-                ax.plot(at, line, color=color, alpha=0.7, linewidth=1, label=f"{name} train".strip())
-            else:
-                line = values
-                marker = "o" if len(values) < 40 else None
-                ax.plot(
-                    at, line, color=color, linewidth=2, marker=marker, markersize=4, label=f"{name} val".strip()
-                )
+                    ax.plot(at, line, color=color, alpha=0.15, linewidth=0.5)
+                line = smooth(line, window)
+            ax.plot(at, line, color=color, label=f"{name} {kind}".strip(), **look)
             line = line[np.isfinite(line)]
             if len(line):
                 # The first steps fall from ln(vocabulary): they would press the rest flat.
@@ -181,22 +171,37 @@ def of_gpt2(runs):
     return all(about.get("tokenizer") == "gpt2" for _, _, about in runs)
 
 
-def draw_eval(kind, title, ylabel, key="value", chance=None, published=()):
-    """A function that draws the scores of an eval; published: (score, name) of models to compare with."""
-
-    def draw(ax, runs):
-        for (name, run, _), color in zip(runs, COLORS, strict=False):
-            if key in run.get(kind, {}):
-                ax.plot(axis(run, kind), run[kind][key], "o-", color=color, markersize=3, label=name)
-        if chance is not None:
-            baseline(ax, chance, "chance", right=True)
-        if of_gpt2(runs):
-            for score, model in published:
-                baseline(ax, score, model)
+def draw_curve(ax, runs, kind, key, title, ylabel, scale=1.0, log=False, chance=None, published=()):
+    """One quantity of the records of a kind; published: (score, name) of models to compare with."""
+    for (name, run, _), color in zip(runs, COLORS, strict=False):
+        if key in run.get(kind, {}):
+            values = run[kind][key] * scale
+            if kind == "train":
+                values, look = smooth(values, max(1, len(values) // 200)), {"linewidth": 1.2}
+            else:
+                look = {"marker": "o", "markersize": 3}
+            ax.plot(axis(run, kind), values, color=color, label=name, **look)
+    if chance is not None:
+        baseline(ax, chance, "chance", right=True)
+    for score, model in published if of_gpt2(runs) else ():
+        baseline(ax, score, model)
+    ax.set(title=title, ylabel=ylabel)
+    if log:
+        ax.set_yscale("log")
+    elif kind == "train":
+        ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    else:
         ax.margins(y=0.12)
-        ax.set(title=title, ylabel=ylabel)
 
-    return draw
+
+CURVES = [  # the panels of one quantity: kind, key, title, unit, what else draw_curve takes
+    ("val", "accuracy", "accuracy", "share of tokens predicted", {}),
+    ("hella", "value", "HellaSwag", "acc_norm", {"chance": 0.25, "published": HELLASWAG}),
+    ("ewok", "value", "EWoK", "context score", {"chance": 0.5}),
+    ("train", "lr", "learning rate", "AdamW's lr", {}),
+    ("train", "grad_norm", "gradient norm", "norm before clipping", {"log": True}),
+    ("train", "tokens_per_second", "throughput", "thousand tokens/s", {"scale": 1e-3}),
+]
 
 
 def domains(runs):
@@ -212,40 +217,12 @@ def draw_domains(ax, runs):
     for i, ((name, run, _), color) in enumerate(zip(runs, COLORS, strict=False)):
         last = run.get("ewok", {"rows": [{}]})["rows"][-1].get("by_Domain", {})
         scores = [last.get(d, {}).get("context", np.nan) for d in names]
-        ax.barh(
-            np.arange(len(names)) + (i - (len(runs) - 1) / 2) * height,
-            scores,
-            height * 0.9,
-            color=color,
-            label=name,
-        )
+        at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * height
+        ax.barh(at, scores, height * 0.9, color=color, label=name)
     ax.axvline(0.5, color="0.4", linestyle=":", linewidth=1)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set(title="EWoK by domain, at the end (chance 0.5)", xlabel="context score", xlim=(0, 1))
-
-
-def draw_train(key, title, ylabel, scale=1.0, log=False):
-    """A function that draws one quantity of the training steps, times scale."""
-
-    def draw(ax, runs):
-        for (name, run, _), color in zip(runs, COLORS, strict=False):
-            if key in run.get("train", {}):
-                values = run["train"][key] * scale
-                ax.plot(
-                    axis(run, "train"),
-                    smooth(values, max(1, len(values) // 200)),
-                    color=color,
-                    linewidth=1.2,
-                    label=name,
-                )
-        ax.set(title=title, ylabel=ylabel)
-        if log:
-            ax.set_yscale("log")
-        else:
-            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-
-    return draw
 
 
 def draw_run():
@@ -261,28 +238,18 @@ def draw_run():
         print(f"{folder}: {summary(run)}")
     plt = pyplot()
 
-    def has(kind, key="value"):
-        return any(key in run.get(kind, {}) for _, run, _ in runs)
-
-    panels = [
-        (has("train") or has("val"), draw_loss),
-        (has("val", "accuracy"), draw_eval("val", "accuracy", "share of tokens predicted", "accuracy")),
-        (has("hella"), draw_eval("hella", "HellaSwag", "acc_norm", chance=0.25, published=HELLASWAG)),
-        (has("ewok"), draw_eval("ewok", "EWoK", "context score", chance=0.5)),
-        (bool(domains(runs)), draw_domains),
-        (has("train", "lr"), draw_train("lr", "learning rate", "AdamW's lr")),
-        (has("train", "grad_norm"), draw_train("grad_norm", "gradient norm", "norm before clipping", log=True)),
-        (
-            has("train", "tokens_per_second"),
-            draw_train("tokens_per_second", "throughput", "thousand tokens/s", 1e-3),
-        ),
-    ]
-    panels = [draw for there, draw in panels if there]
+    kinds = {kind for _, run, _ in runs for kind in run}
+    panels = [draw_loss] if kinds & {"train", "val"} else []
+    for kind, key, title, unit, more in CURVES:
+        if any(key in run.get(kind, {}) for _, run, _ in runs):
+            how = {"kind": kind, "key": key, "title": title, "ylabel": unit, **more}
+            panels.append(functools.partial(draw_curve, **how))
+        if kind == "ewok" and domains(runs):
+            panels.append(draw_domains)
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(5.6 * columns, 3.5 * rows), squeeze=False, layout="constrained"
-    )
+    size = (5.6 * columns, 3.5 * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, draw in zip(axes.flat, panels, strict=False):
         draw(ax, runs)
         if draw is not draw_domains:
