@@ -4,13 +4,14 @@
     python bench.py --what=train,sample --rounds=7
     python bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt    # clones of theirs, as they are
 
-Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work, and
-takes turns with ours: a ratio is between medians of the same minutes, after two warm-ups. transformers and
-lm_eval take part if they are installed. What the machine can do is measured as well: FLOP/s of a large matrix
-product, bytes/s of a copy (read and written), tokens/s of tiktoken on one core.
+Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work, and takes turns
+with ours: a ratio is between medians of the same minutes, after two warm-ups. transformers and lm_eval take part if
+they are installed. What the machine can do is measured as well: FLOP/s of a large matrix product, bytes/s of a copy
+(read and written), tokens/s of tiktoken on one core.
 """
 
 import ast
+import collections
 import contextlib
 import functools
 import glob
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import export
 import fineweb
 import hellaswag
 import sample
@@ -71,8 +73,6 @@ def new_model():
 
 
 # -- the contenders: functions that return (repeat, the units of work that a call of it does) -----------------
-
-
 def training(model, loss, optimizer, autocast):
     """Steps of a model on random tokens: loss(x, y) is its loss."""
     x, y = torch.randint(VOCAB, (2, B, T), device=device)
@@ -111,13 +111,9 @@ def train_transformers(compiled=False):
 
 def train_nanogpt():
     """On GPUs nanoGPT trains in bfloat16 and compiles; its README's way on a CPU is float32, not compiled."""
-    theirs = definitions(nanogpt, "model.py")
-    config = theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)
-    model = theirs.GPT(config).to(device)
+    model, autocast = nanogpt_model(bias=False)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
-    on_gpu = device.startswith("cuda")
-    forward = torch.compile(model) if on_gpu else model
-    autocast = pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
+    forward = torch.compile(model) if device.startswith("cuda") else model
     return training(model, lambda x, y: forward(x, y)[1], optimizer, autocast)
 
 
@@ -126,13 +122,10 @@ def train_build_nanogpt():
     theirs = definitions(build_nanogpt, "train_gpt2.py", master_process=False)
     model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, device.split(":")[0])
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16)
-    return training(model, lambda x, y: model(x, y)[1], optimizer, autocast)
+    return training(model, lambda x, y: model(x, y)[1], optimizer, torch.autocast(device.split(":")[0], torch.bfloat16))
 
 
-def drain(tokens):
-    for _ in tokens:
-        pass
+drain = partial(collections.deque, maxlen=0)  # exhausts an iterator
 
 
 def sample_ours(num_samples=1):
@@ -156,15 +149,13 @@ def sample_transformers(precision=None):
 
 def sample_nanogpt():
     """nanoGPT's generate; on a CPU in float32, as its sample.py runs it there."""
-    theirs = definitions(nanogpt, "model.py")
-    model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=True))
-    model.to(device).eval()
+    model, autocast = nanogpt_model(bias=True)
     idx = torch.arange(16, device=device)[None]
-    autocast = pick_autocast(dtype, device) if device.startswith("cuda") else contextlib.nullcontext()
 
+    @torch.no_grad()
     def repeat():
-        with torch.no_grad(), autocast:
-            model.generate(idx, max_new_tokens, temperature=0.8, top_k=200)
+        with autocast:
+            model.eval().generate(idx, max_new_tokens, temperature=0.8, top_k=200)
 
     return repeat, max_new_tokens
 
@@ -294,8 +285,6 @@ def start_at(step):
 
 
 # -- what the machine can do, in the units of the contenders ------------------------------------------------
-
-
 def matmul():
     """Training tokens whose FLOPs a large matrix product does in the same time."""
     n = 8192 if device.startswith("cuda") else 2048
@@ -311,20 +300,14 @@ def copy():
     return lambda: b.copy_(a), 2 * a.nbytes / (weights * (4 if dtype == "float32" else 2))
 
 
-def tiktoken_on_all_cores(as_array=False):
-    """Tokens that tiktoken makes of the texts, already in memory, on one core, times the number of cores.
-
-    As lists, which is how nanoGPT and build-nanogpt have them, or as arrays, which is faster.
-    """
+def tiktoken_on_all_cores():
+    """Tokens that tiktoken makes of the texts, already in memory, on one core, times the number of cores."""
     enc, texts = load_tokenizer("gpt2"), list(fineweb.Documents(corpus()))
     tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
-    encode = partial(enc.encode_to_numpy, disallowed_special=()) if as_array else enc.encode_ordinary
-    return lambda: [encode(text) for text in texts], tokens * os.cpu_count()
+    return lambda: [enc.encode_to_numpy(text, disallowed_special=()) for text in texts], tokens * os.cpu_count()
 
 
 # -- other people's code ------------------------------------------------------------------------------------
-
-
 def definitions(clone, name, **variables):
     """A module of the imports, classes and functions of a script in a clone, whose other lines are not run."""
     if not clone:
@@ -335,9 +318,7 @@ def definitions(clone, name, **variables):
         sys.modules.pop(name, None)
     with open(path) as f:
         tree = ast.parse(f.read())
-    tree.body = [
-        x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)
-    ]
+    tree.body = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)]
     module = types.ModuleType("theirs")
     sys.modules["theirs"] = module  # dataclasses look there
     module.__dict__.update(variables)
@@ -345,23 +326,25 @@ def definitions(clone, name, **variables):
     return module
 
 
+def nanogpt_model(bias):
+    """(nanoGPT's model, the autocast that it runs under)."""
+    theirs = definitions(nanogpt, "model.py")
+    config = theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=bias)
+    on_gpu = device.startswith("cuda")
+    return theirs.GPT(config).to(device), pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
+
+
 def transformers_model(precision):
     """transformers' GPT-2 with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": VOCAB}
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
-    state = new_model().state_dict()
-    for name, tensor in theirs.state_dict().items():
-        ours = state[name]
-        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            ours = ours.t()  # their Conv1D holds (in, out)
-        tensor.copy_(ours[: len(tensor)])  # ours has rows that pad the vocabulary
+    config, weights = export.gpt2(new_model())
+    theirs = GPT2LMHeadModel(GPT2Config(**config, vocab_size=VOCAB))
+    theirs.load_state_dict({name: w[:VOCAB] if len(w) > VOCAB else w for name, w in weights.items()})
     return theirs.to(device, precision)
 
 
 # -- the race -----------------------------------------------------------------------------------------------
-
 PARTS = {  # unit, {contender: function}; the first is ours, a limit is the machine's
     "train": ("tokens", {
         "ours": train_ours,
@@ -390,7 +373,6 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": tokenize_ours,
         "pool.imap, half the cores": tokenize_pool,
         "limit: tiktoken x cores": tiktoken_on_all_cores,
-        "limit: tiktoken x cores, arrays": partial(tiktoken_on_all_cores, as_array=True),
     }),
     "load": ("tokens", {"ours": load_a_step, "training": train_ours}),
     "start": ("starts", {"at step 1,000,000": partial(start_at, 1_000_000), "at step 0": partial(start_at, 0)}),
@@ -412,9 +394,7 @@ def work(pipe, settings, part, name):
             if on_gpu:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             pipe.send((seconds, torch.cuda.max_memory_allocated() if on_gpu else peak))
     except (Exception, SystemExit) as e:
         pipe.send(str(e) if isinstance(e, SystemExit) else f"{type(e).__name__}: {e}".partition("\n")[0])
@@ -426,16 +406,14 @@ class Contender:
     def __init__(self, part, name):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        start = time.monotonic()
         arguments = (theirs, current_settings(globals()), part, name)
         self.process = context.Process(target=work, args=arguments)
         self.process.start()
         theirs.close()
         self.units = self.answer()
-        self.turn()
-        self.first = time.monotonic() - start
-        self.turn()
         self.times = []
+        self.turn()
+        self.turn()
 
     def answer(self):
         try:
@@ -449,7 +427,7 @@ class Contender:
     def turn(self):
         self.pipe.send(True)
         seconds, self.peak = self.answer()
-        self.times = [*getattr(self, "times", []), seconds]
+        self.times.append(seconds)
 
     def rate(self):
         return self.units / statistics.median(self.times)
@@ -478,7 +456,7 @@ def race(part):
         theirs = enter(part, name)
         if not theirs:
             continue
-        ours.times = []
+        ours.times, theirs.times = [], []  # without the two turns that warmed them up
         for _ in range(rounds):
             ours.turn()
             theirs.turn()
@@ -488,7 +466,6 @@ def race(part):
         ratio = ours.rate() / theirs.rate()
         print(f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |", flush=True)
     if ours:
-        print(f"| {part} | first turn done {ours.first:.1f} s after the start | | | | |", flush=True)
         ours.close()
 
 

@@ -6,8 +6,8 @@
     python train_gpt2.py my_run.py --seed=2                  # a file of `key = literal` lines, in order
     python train_gpt2.py --help                              # every setting, its default and its comment
 
-A script ends with `configure(globals())` and then calls its main(). Files of settings are parsed,
-never executed. After nanoGPT's configurator.py, which exec()s them.
+A script ends with `configure(globals())` and then calls its main(). Files of settings are parsed, never executed. After
+nanoGPT's configurator.py, which exec()s them.
 """
 
 import ast
@@ -21,8 +21,8 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str
 def read_settings(path):
     """The settings a script declares: {name: (default, comment)}, in the order of the file.
 
-    A setting is a lower-case name or a single letter, such as B, that is assigned a literal bool,
-    int, float or str at the top level.
+    A setting is a lower-case name or a single letter, such as B, that is assigned a literal bool, int, float or str at
+    the top level.
     """
     with open(path, encoding="utf-8") as f:
         source = f.read()
@@ -145,9 +145,9 @@ def hide_interrupt(kind, error, traceback):
 def configure(module, presets=None):
     """Set the settings in `module`, a script's globals(), from sys.argv.
 
-    `presets`, if given, maps the settings from the command line to a dict of settings that are
-    applied before them. Returns the settings from the command line, {key: value}. A mistake in
-    them ends the program with one line on stderr and exit status 1; --help prints and exits 0.
+    `presets`, if given, maps the settings from the command line to a dict of settings that are applied before them.
+    Returns the settings from the command line, {key: value}. A mistake in them ends the program with one line on stderr
+    and exit status 1; --help prints and exits 0.
     """
     settings = read_settings(os.path.abspath(module["__file__"]))
     if {"--help", "-h"} & set(sys.argv[1:]):

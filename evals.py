@@ -1,8 +1,8 @@
 """What a run measures as it goes: its validation loss, the evals, a sample, what it has read.
 
-Each of validate, score, write_sample and write_exposure prints a line and records what it found of a `run`
-(logdir.Run) in its `log` (logdir.LogDir); train_gpt2.py says when. An eval is a script like hellaswag.py with
-load_items(), evaluate() -> dict, summary(dict) -> str, and SCORE, the key of that dict that goes into log.txt.
+Each of validate, score, write_sample and write_exposure prints a line and records what it found of a `run` (logdir.Run)
+in its `log` (logdir.LogDir); train_gpt2.py says when. An eval is a script like hellaswag.py with load_items(),
+evaluate() -> dict, summary(dict) -> str, and SCORE, the key of that dict that goes into log.txt.
 """
 
 import math
@@ -24,9 +24,9 @@ from tokenizer import token_byte_lengths
 def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
     """Validation loss over the first max_tokens validation tokens, the batches divided among ranks.
 
-    Returns {"loss", "accuracy", "bpb", "tokens", "perplexity"}: nats a token, the share of tokens that the
-    model took for the likeliest, bits a UTF-8 byte of the text, how many tokens were predicted, and the exp of
-    the loss. Runs under the autocast of the caller.
+    Returns {"loss", "accuracy", "bpb", "tokens", "perplexity"}: nats a token, the share of tokens that the model took
+    for the likeliest, bits a UTF-8 byte of the text, how many tokens were predicted, and the exp of the loss. Runs
+    under the autocast of the caller.
     """
     device = model.lm_head.weight.device
     byte_lengths = np.array(token_byte_lengths(shards.enc))
@@ -45,14 +45,8 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
         sums = sums.to(device)
         dist.all_reduce(sums)
     nats, right, tokens, size = sums.tolist()
-    bpb = nats / math.log(2) / max(size, 1)
-    return with_perplexity(
-        {"loss": nats / tokens, "accuracy": right / tokens, "bpb": bpb, "tokens": int(tokens)}
-    )
-
-
-def with_perplexity(result):
-    return result | {"perplexity": math.exp(min(result["loss"], 700))}
+    means = {"loss": nats / tokens, "accuracy": right / tokens, "bpb": nats / math.log(2) / max(size, 1)}
+    return means | {"tokens": int(tokens), "perplexity": math.exp(min(nats / tokens, 700))}
 
 
 def evaluate_mixture(model, mixture, *args, **ranks):
@@ -64,8 +58,8 @@ def evaluate_mixture(model, mixture, *args, **ranks):
         key: sum(float(weight) * results[shards.data_dir][key] for shards, weight in mixture.items())
         for key in ("loss", "accuracy", "bpb")
     }
-    mean["tokens"] = sum(result["tokens"] for result in results.values())
-    return with_perplexity(mean) | {"sources": {folder: result["loss"] for folder, result in results.items()}}
+    mean |= {"tokens": sum(r["tokens"] for r in results.values()), "perplexity": math.exp(min(mean["loss"], 700))}
+    return mean | {"sources": {folder: result["loss"] for folder, result in results.items()}}
 
 
 def validate(model, mixture, B, T, max_tokens, autocast, ranks, run, log):

@@ -4,21 +4,22 @@
     EWOK_SRC=my.zip python ewok.py --ckpt=gpt2-xl --items=True
     torchrun --standalone --nproc_per_node=8 ewok.py --ckpt
 
-An item has two contexts C1, C2 and two targets T1, T2; T1 goes with C1, T2 with C2. Scores, each the
-mean of two comparisons of log P(target | context); a tie counts half, so that chance is exactly 0.5:
+An item has two contexts C1, C2 and two targets T1, T2; T1 goes with C1, T2 with C2. Scores, each the mean of two
+comparisons of log P(target | context); a tie counts half, so that chance is exactly 0.5:
 
 context      P(T1|C1) > P(T1|C2) and P(T2|C2) > P(T2|C1): the paper's LogProbs score; `ewok` in log.txt
 target_sum   P(T1|C1) > P(T2|C1) and P(T2|C2) > P(T1|C2), as the BabyLM evaluation compares
 target_mean  the same with the mean log-probability a token
 
 Items come from the first of: $EWOK_SRC (a zip or a folder), ewok_fast_jsonl.zip, ewok_fast/, and
-ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted its
-terms. These ask that the items do not lie around in plain text: a zip is read in memory, with the
-password $EWOK_ZIP_PASSWORD (ew2026 by default), and no output holds an item's text.
+ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted its terms. These ask that
+the items do not lie around in plain text: a zip is read in memory, with the password $EWOK_ZIP_PASSWORD (ew2026 by
+default), and no output holds an item's text.
 """
 
 import json
 import os
+import pathlib
 import sys
 import time
 import zipfile
@@ -47,9 +48,8 @@ SCORE = "context"  # of evaluate's, in log.txt
 GROUPS = ("Domain", "ContextType", "ContextDiff", "TargetDiff")
 HUB = "ewok-core/ewok-core-1.0"
 
+
 # -- items ------------------------------------------------------------------------
-
-
 def load_items(limit=0):
     """The items, a list of dicts, from the first source there is; exits with one line if there is none."""
     places = (os.environ.get("EWOK_SRC"), "ewok_fast_jsonl.zip", "ewok_fast")
@@ -81,10 +81,8 @@ def load_from_hub():
 
 def read_folder(folder):
     """Yield (name, bytes) of the .jsonl files in a folder, in order."""
-    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
-    for path in sorted(p for p in paths if p.endswith(".jsonl")):
-        with open(path, "rb") as f:
-            yield os.path.relpath(path, folder), f.read()
+    for path in sorted(pathlib.Path(folder).rglob("*.jsonl")):
+        yield str(path.relative_to(folder)), path.read_bytes()
 
 
 def read_zip(path):
@@ -128,8 +126,6 @@ def parse(where, content):
 
 
 # -- scores -----------------------------------------------------------------------
-
-
 def score_items(model, enc, items, batch_tokens=0):
     """(sums, counts), float64 tensors (len(items), 4), of T1|C1, T1|C2, T2|C1 and T2|C2.
 
@@ -162,16 +158,15 @@ def compare(sums, counts):
 def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     """What a model makes of items, divided among ranks; every rank gets all.
 
-    Returns {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the
-    mean of the domains' means, "count", "seconds", and for each of GROUPS that the items have
-    {"by_<group>": {value: {"context", "target_sum", "target_mean", "count"}}}; and "items", for each
-    {"id", "domain", "sums", "counts", "context", "target_sum", "target_mean"}, without its text.
+    Returns {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the mean of the domains'
+    means, "count", "seconds", and for each of GROUPS that the items have {"by_<group>": {value: {"context",
+    "target_sum", "target_mean", "count"}}}; and "items", for each {"id", "domain", "sums", "counts", "context",
+    "target_sum", "target_mean"}, without its text.
     """
     t0 = time.perf_counter()
     numbers = torch.zeros(len(items), 8, dtype=torch.float64)
     mine = torch.arange(rank, len(items), world_size)
-    for start in tqdm(range(0, len(mine), 256), desc="EWoK", leave=False, disable=rank != 0):
-        part = mine[start : start + 256]
+    for part in tqdm(mine.split(256), desc="EWoK", leave=False, disable=rank != 0):
         numbers[part] = torch.cat(score_items(model, enc, [items[i] for i in part], batch_tokens), dim=1)
     if world_size > 1:
         numbers = numbers.to(model.lm_head.weight.device)
@@ -212,11 +207,9 @@ def items_path():
     folder = os.path.dirname(ckpt) if ckpt.endswith(".pt") else log_dir
     os.makedirs(folder or ".", exist_ok=True)
     path = os.path.join(folder, "ewok_items.jsonl")
-    if os.path.exists(path):
-        with open(path) as f:
-            if '"step"' in f.readline():
-                name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
-                return os.path.join(folder, f"ewok_items_{name}.jsonl")
+    if os.path.exists(path) and '"step"' in open(path).readline():
+        name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
+        path = os.path.join(folder, f"ewok_items_{name}.jsonl")
     return path
 
 

@@ -4,8 +4,8 @@
     python export.py --format=onnx --out=model.onnx         # input_ids (batch, length) -> logits
     python export.py --format=pt --out=model.pt             # bfloat16, half the size; sample.py --ckpt=model.pt
 
-The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a Llama-,
-Qwen3- or ApertusForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
+The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a Llama-, Qwen3- or
+ApertusForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
 """
 
 import dataclasses
@@ -83,25 +83,14 @@ def to_hugging_face(enc):
 def gpt2(model):
     """(config.json's dict, {name: tensor}) of a model as transformers' GPT2LMHeadModel."""
     c = model.config
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "n_positions": c.block_size,
-        "n_embd": c.n_embd,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_inner": None,
-        "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
+    config |= {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    config |= {"n_inner": None, "layer_norm_epsilon": 1e-5}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            tensor = tensor.t()  # OpenAI's Conv1D holds (in, out)
-        tensors[name] = tensor
+        turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        tensors[name] = tensor.t() if turned else tensor  # OpenAI's Conv1D holds (in, out)
     return config, tensors
 
 
@@ -222,14 +211,11 @@ def write_onnx(model, path):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
     length = torch.export.Dim("length", min=1, max=model.config.block_size)
     program = torch.onnx.export(
-        model,
-        (torch.zeros(2, 8, dtype=torch.long),),
-        input_names=["input_ids"],
-        output_names=["logits"],
+        model, (torch.zeros(2, 8, dtype=torch.long),),
+        input_names=["input_ids"], output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch"), 1: length},),
-        dynamo=True,
-        verbose=False,
-    )
+        dynamo=True, verbose=False,
+    )  # fmt: skip
     write_whole(path, lambda f: f.write(program.model_proto.SerializeToString()))
 
 
@@ -237,14 +223,8 @@ def write_pt(model, enc, path):
     """Write a checkpoint with the weights in bfloat16 and nothing of the run they come from."""
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor, saved once
-    checkpoint = {
-        "model": state,
-        "config": dataclasses.asdict(model.config),
-        "step": 0,
-        "val_loss": None,
-        "settings": {},
-        "tokenizer": tokenizer_state(enc),
-    }
+    checkpoint = {"model": state, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer_state(enc)}
+    checkpoint |= {"step": 0, "val_loss": None, "settings": {}}
     write_whole(path, lambda f: torch.save(checkpoint, f))
 
 

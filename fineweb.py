@@ -5,8 +5,8 @@
     python fineweb.py --dataset=my_texts --out_dir=my_shards   # .txt .jsonl .jsonl.gz .json.gz .parquet
     python fineweb.py --dataset=tinyshakespeare --tokenizer=bytes --out_dir=shakespeare
 
-Streams by default, so that the first shards exist minutes after the start. Stopped or killed, the same
-command goes on behind the last whole shard. shards.py has the format.
+Streams by default, so that the first shards exist minutes after the start. Stopped or killed, the same command goes on
+behind the last whole shard. shards.py has the format.
 """
 
 import collections
@@ -50,9 +50,8 @@ HUB = {
 }
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
+
 # -- documents --------------------------------------------------------------------
-
-
 def read_text(path):
     """The documents of a UTF-8 .txt file: one, or those between its <|endoftext|> lines."""
     try:
@@ -98,9 +97,7 @@ def open_rows(dataset, subset, streaming):
             else datasets.load_dataset(kind, data_files=paths, split="train", streaming=streaming)
             for kind, paths in find_files(dataset).items()
         ]
-    return [
-        rows if isinstance(rows, datasets.IterableDataset) else rows.to_iterable_dataset() for rows in found
-    ]
+    return [rows if isinstance(rows, datasets.IterableDataset) else rows.to_iterable_dataset() for rows in found]
 
 
 def as_text(value):
@@ -117,9 +114,9 @@ def as_text(value):
 class Documents:
     """The texts of a dataset by its name here, or of a local file or folder, one after the other.
 
-    Rows whose text is missing, empty or not a string are left out; chats, in a column `messages`, become
-    text. An iteration exits with one line if the source cannot be had, has no such column, or is damaged;
-    one that reads from the hub and is cut off tries again, five times with growing pauses.
+    Rows whose text is missing, empty or not a string are left out; chats, in a column `messages`, become text. An
+    iteration exits with one line if the source cannot be had, has no such column, or is damaged; one that reads from
+    the hub and is cut off tries again, five times with growing pauses.
 
     state_dict() is where the iteration stands, as plain JSON values; the next one starts from there after
     load_state_dict(). Without a shuffle buffer, files of the dataset that lie behind are not read again.
@@ -143,9 +140,7 @@ class Documents:
                 try:
                     download(TINYSHAKESPEARE, self.dataset)
                 except requests.RequestException as e:
-                    sys.exit(
-                        f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {self.dataset}"
-                    )
+                    sys.exit(f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {self.dataset}")
         failures = 0
         while True:
             last = self.state
@@ -156,9 +151,7 @@ class Documents:
                 failures = failures + 1 if self.state == last else 1
                 reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
                 if self.dataset not in HUB or self.state is None or failures > 5:
-                    hint = (
-                        "; go online, or give --dataset= a local file or folder" if self.dataset in HUB else ""
-                    )
+                    hint = "; go online, or give --dataset= a local file or folder" if self.dataset in HUB else ""
                     sys.exit(f"cannot read {self.dataset}: {reason}{hint}")
                 print(f"\n{self.dataset}: {reason}; reading on in {2**failures} s", file=sys.stderr)
                 time.sleep(2**failures)
@@ -181,8 +174,7 @@ class Documents:
                 if value is row:
                     columns = ", ".join(row)
                     sys.exit(
-                        f"{self.dataset} has no column {self.text_column!r}: use --text_column= with one of "
-                        f"{columns}"
+                        f"{self.dataset} has no column {self.text_column!r}: use --text_column= with one of {columns}"
                     )
                 text = as_text(value)
                 if not text:
@@ -197,8 +189,6 @@ class Documents:
 
 
 # -- tokens -----------------------------------------------------------------------
-
-
 def cut(text, size=400_000):
     """A text in parts of so many characters."""
     return [text[i : i + size] for i in range(0, len(text), size)]
@@ -226,9 +216,9 @@ def encode(texts, enc, dtype):
 def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     """Yield (tokens, state) of batches of about batch_chars characters of documents, in order.
 
-    tokens is an array of their token ids, state what texts.state_dict() was behind the last of them, or
-    None. Threads are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is
-    pickled. At most four batches a core are under way, so memory does not grow with the corpus.
+    tokens is an array of their token ids, state what texts.state_dict() was behind the last of them, or None. Threads
+    are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four
+    batches a core are under way, so memory does not grow with the corpus.
     """
     cores = os.cpu_count() or 1
     own = threading.local()
@@ -263,13 +253,11 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
 
 
 # -- shards -----------------------------------------------------------------------
-
-
 def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, **about):
     """Tokenize documents into shards in out_dir; returns meta.json's dict. Exits if there are none.
 
-    `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir
-    holds the beginning of these shards, goes on from there; texts is then a Documents.
+    `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir holds the
+    beginning of these shards, goes on from there; texts is then a Documents.
     """
     writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens})
     if writer.meta["complete"]:

@@ -58,9 +58,7 @@ def load_items(path="", split="val", limit=0):
                 os.makedirs("hellaswag", exist_ok=True)
                 download(URL.format(split=split), path)
             except (requests.RequestException, OSError) as e:
-                sys.exit(
-                    f"cannot download HellaSwag ({type(e).__name__}): put {URL.format(split=split)} at {path}"
-                )
+                sys.exit(f"cannot download HellaSwag ({type(e).__name__}): put {URL.format(split=split)} at {path}")
     items = []
     try:
         with open(path, encoding="utf-8") as f:
@@ -130,30 +128,19 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
     acc and acc_norm are shares of 1, stderr is acc_norm's. Every rank gets the result of all.
     """
     start = time.perf_counter()
-    mine = items[rank::world_size]
-    counts = torch.zeros(3, dtype=torch.long)  # right by sum, right by normalised sum, all
-    chunk = 256  # items between two looks at the bar
-    with tqdm(total=len(mine), desc=f"HellaSwag {style}", leave=False, disable=rank != 0) as bar:
-        for i in range(0, len(mine), chunk):
-            part = mine[i : i + chunk]
-            labels = [item["label"] for item in part]
-            for k, predicted in enumerate(predict(model, enc, part, style, batch_tokens)):
-                counts[k] += sum(p == label for p, label in zip(predicted, labels, strict=True))
-            counts[2] += len(part)
-            bar.set_postfix(acc_norm=f"{counts[1] / counts[2]:.4f}")
-            bar.update(len(part))
+    right = torch.zeros(len(items), 2, dtype=torch.float64)  # by sum, by normalised sum
+    mine = torch.arange(rank, len(items), world_size)
+    for part in tqdm(mine.split(256), desc=f"HellaSwag {style}", leave=False, disable=rank != 0):
+        predicted = predict(model, enc, [items[i] for i in part], style, batch_tokens)
+        labels = torch.tensor([items[i]["label"] for i in part])
+        right[part] = (torch.tensor(predicted) == labels).double().T
     if world_size > 1:
-        counts = counts.to(model.lm_head.weight.device)
-        dist.all_reduce(counts)
-    right, right_norm, count = counts.tolist()
-    acc_norm = right_norm / count
-    return {
-        "acc": right / count,
-        "acc_norm": acc_norm,
-        "stderr": (acc_norm * (1 - acc_norm) / count) ** 0.5,
-        "count": count,
-        "seconds": time.perf_counter() - start,
-    }
+        right = right.to(model.lm_head.weight.device)
+        dist.all_reduce(right)
+    acc, acc_norm = right.mean(dim=0).tolist()
+    stderr = (acc_norm * (1 - acc_norm) / len(items)) ** 0.5
+    seconds = time.perf_counter() - start
+    return {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "count": len(items), "seconds": seconds}
 
 
 def summary(result):
@@ -179,9 +166,7 @@ def main():
         print(f"{'':32} {'acc':>7} {'acc_norm':>9} {'stderr':>7} {'count':>7} {'seconds':>8}")
         for name, acc, acc_norm, stderr, count, seconds in rows:
             print(f"{name:32} {acc:7.2%} {acc_norm:9.2%} {stderr:7.2%} {count:7d} {seconds:8.1f}")
-        print(
-            f"{'GPT-2 124M, completion':32} {'28.6%':>7} {'29.6%':>9}\n{'GPT-3 124M':32} {'':>7} {'33.7%':>9}"
-        )
+        print(f"{'GPT-2 124M, completion':32} {'28.6%':>7} {'29.6%':>9}\n{'GPT-3 124M':32} {'':>7} {'33.7%':>9}")
 
 
 if __name__ == "__main__":

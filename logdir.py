@@ -6,14 +6,15 @@ exposure.jsonl    which tokens the model has seen, if the run keeps account of i
 ewok_items.jsonl  the numbers of each item of EWoK, likewise
 model_00250.pt    the model after 250 updates; resume.pt what else the run needs to go on from there
 
-Both .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at
-any moment. A run that goes on drops the records behind resume.pt's step, since it makes them again.
+Both .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at any moment. A
+run that goes on drops the records behind resume.pt's step, since it makes them again.
 """
 
 import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -61,8 +62,6 @@ def model_path(log_dir, step):
 
 
 # -- going on from a run --------------------------------------------------------------
-
-
 def load_resume(log_dir, mmap=False):
     """The dict in log_dir/resume.pt, None if there is none; exits if it is damaged or its model missing.
 
@@ -96,8 +95,8 @@ def kept(settings):
 def resumed_settings(saved, given, file_settings, fixed):
     """The settings of the saved run; exits if the command line, or the trainer's file, says what cannot be.
 
-    given is what the command line says, file_settings(preset) what the trainer's file says now; fixed are the
-    names of those that a run cannot change.
+    given is what the command line says, file_settings(preset) what the trainer's file says now; fixed are the names of
+    those that a run cannot change.
     """
     settings = saved["settings"]
     if given.get("preset", "auto") not in ("auto", settings["preset"]):
@@ -123,8 +122,8 @@ def changes(saved, given):
 def begin(log_dir, saved, given, mixture, T, settings, defaults, precision):
     """The Run: at its first step, or where `saved`, the dict of resume.pt, has it.
 
-    Exits if the run has read other shards, or computed in another precision which the command line (given) does
-    not choose, or if processes have found different files.
+    Exits if the run has read other shards, or computed in another precision which the command line (given) does not
+    choose, or if processes have found different files.
     """
     now = {"settings": settings, "defaults": defaults, "data": describe_data(mixture), "precision": precision}
     run = restored_run(saved, **now) if saved else Run(step=0, tokens=0, **now)
@@ -132,9 +131,7 @@ def begin(log_dir, saved, given, mixture, T, settings, defaults, precision):
         check_data(log_dir, saved["data"], mixture)
         if "dtype" not in given and run.precision != saved["precision"]:
             was, now = (name.removeprefix("torch.") for name in (saved["precision"], run.precision))
-            sys.exit(
-                f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype="
-            )
+            sys.exit(f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype=")
         # T may be another: on from the next whole sequence
         run.tokens, run.exposed = (-(-tokens // T) * T for tokens in (run.tokens, run.exposed))
         print0(f"resuming {log_dir} at step {run.step}{changes(saved, given)}")
@@ -196,14 +193,10 @@ def resume_command(log_dir):
 
 
 # -- the folder -----------------------------------------------------------------------
-
-
 def last_good(log_dir):
     """Words for the end of an error: which checkpoint there is to go back to."""
     steps = checkpoint_steps(log_dir)
-    return (
-        f"the last good checkpoint is {model_path(log_dir, max(steps))}" if steps else "there is no checkpoint"
-    )
+    return f"the last good checkpoint is {model_path(log_dir, max(steps))}" if steps else "there is no checkpoint"
 
 
 def checkpoint_steps(log_dir):
@@ -227,14 +220,14 @@ def save_tensors(path, state):
 class LogDir:
     """The folder in the hands of the one process that writes to it; in those of the others it does nothing.
 
-    saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an
-    earlier run to old_1/ and so on; resume: whether a resume.pt would have been gone on from. Exits if
-    another live run has the folder, or it cannot be written.
+    saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an earlier run to
+    old_1/ and so on; resume: whether a resume.pt would have been gone on from. Exits if another live run has the
+    folder, or it cannot be written.
     """
 
     def __init__(self, path, saved=None, resume=False, writes=True):
         self.path, self.writes, self._files, self._drawing = path, writes, {}, None
-        self.saved = (saved["step"], saved["evaluated_step"]) if saved else None  # what resume.pt is of
+        self.saved = (saved["step"], saved.get("evaluated_step")) if saved else None  # what resume.pt is of
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if not writes:
             return
@@ -249,23 +242,17 @@ class LogDir:
             if saved is None:
                 self._set_aside()
             else:
-                self._rewind(saved["step"], saved["evaluated_step"])
+                self._rewind(saved["step"], saved.get("evaluated_step"))
             # {step: validation loss, None if it was not measured} of the checkpoints
-            self.checkpoints = {
-                step: (saved or {}).get("checkpoints", {}).get(step) for step in checkpoint_steps(path)
-            }
+            self.checkpoints = {step: (saved or {}).get("checkpoints", {}).get(step) for step in checkpoint_steps(path)}
         except OSError as e:
             sys.exit(f"--log_dir={path}: cannot write there ({e.strerror})")
 
     def _set_aside(self):
-        names = os.listdir(self.path)
-        old = [
-            name for name in names if name in (*RECORDS, "resume.pt") or re.fullmatch(r"model_\d+\.pt", name)
-        ]
+        """Move an earlier run's files to old_1, old_2, ..."""
+        old = [x for x in os.listdir(self.path) if x in (*RECORDS, "resume.pt") or re.fullmatch(r"model_\d+\.pt", x)]
         if old:
-            n = 1
-            while os.path.exists(os.path.join(self.path, f"old_{n}")):
-                n += 1
+            n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(self.path, f"old_{n}")))
             aside = os.path.join(self.path, f"old_{n}")
             os.makedirs(aside)
             for name in old:
@@ -314,8 +301,8 @@ class LogDir:
     def save(self, run, model, optimizers, scaler, enc, val_loss=None, keep=0):
         """Save a checkpoint, if the last one is of another state: the model and resume.pt. All ranks call it.
 
-        Exits if a parameter is not finite: a broken model never takes the place of a good one. With keep,
-        deletes all but the newest `keep` models and the best by validation loss.
+        Exits if a parameter is not finite: a broken model never takes the place of a good one. With keep, deletes all
+        but the newest `keep` models and the best by validation loss.
         """
         if (run.step, run.evaluated_step) == self.saved:
             return
@@ -353,19 +340,15 @@ class LogDir:
     def draw(self, wait=0.0):
         """Have plot.py draw plot.png, if matplotlib is there, in a process of its own: it cannot end the run.
 
-        Waits for it for at most so many seconds. Does nothing while it is still at an earlier picture.
+        Waits for at most so many seconds until it is done. Nothing happens while an earlier picture is not.
         """
         if not self.writes or importlib.util.find_spec("matplotlib") is None:
             return
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self._drawing:
                 self._drawing.wait(wait)
-            command = [
-                sys.executable,
-                os.path.join(os.path.dirname(__file__), "plot.py"),
-                f"--logs={self.path}",
-            ]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self._drawing = subprocess.Popen(command, start_new_session=True, **quiet)
+            script = os.path.join(os.path.dirname(__file__), "plot.py")
+            how = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL) | {"start_new_session": True}
+            self._drawing = subprocess.Popen([sys.executable, script, f"--logs={self.path}"], **how)
             if wait:
                 self._drawing.wait(wait)

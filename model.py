@@ -1,9 +1,9 @@
 """GPT-2: the model, its loss, its optimizers, how it generates, and how its weights are loaded.
 
-Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2
-and GPT-3 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings.
-State-dict names are those of Hugging Face's GPT2LMHeadModel; given the same weights so are the logits.
-GPTConfig's last five fields each exchange one of these parts for what came later; the defaults are GPT-2.
+Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2 and GPT-3
+papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings. State-dict names are those of
+Hugging Face's GPT2LMHeadModel; given the same weights so are the logits. GPTConfig's last five fields each exchange one
+of these parts for what came later; the defaults are GPT-2.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
     model, enc = load_model("latest")                                  # newest log/model_*.pt
@@ -72,14 +72,14 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask, causal):
     """softmax(q k' / sqrt(hs)) v of q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
 
-    mask, (T, S) or (B, 1, T, S), is False where a score does not count; without it all count, or, if causal,
-    those up to the diagonal.
+    mask, (T, S) or (B, 1, T, S), is False where a score does not count; without it all count, or, if causal, those up
+    to the diagonal.
     """
     T, S = q.size(2), k.size(2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= (128 if q.requires_grad else 256):
-        # torch's kernel for CPUs is slow at short rows in bfloat16: written out, attention takes a third of its
-        # time at T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.6 to 0.8. Training at
-        # 256 it would be 8% of a step of 124M, but 15% more memory: the scores are kept.
+        # torch's kernel for CPUs is slow at short rows in bfloat16: written out, attention takes a third of its time at
+        # T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.6 to 0.8. Training at 256 it would be
+        # 8% of a step of 124M, but 15% more memory: the scores are kept.
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
             scores.masked_fill_(~mask, -math.inf)
@@ -166,30 +166,26 @@ PRODUCTS = [
 def recompute(block, x, *args, everything=False):
     """block(x, *args), of which autograd keeps the products alone, and computes the rest again for backward.
 
-    A step of 124M takes 16% less memory in the same time (2 cores, 4,096 tokens). torch.compile, of the model
-    or of FSDP's blocks, sees to that by itself, and small tensors (the demo's) are not worth the time: these
-    have a plain call. With everything, autograd keeps x alone: the least memory, but all is computed twice.
+    A step of 124M takes 16% less memory in the same time (2 cores, 4,096 tokens). torch.compile, of the model or of
+    FSDP's blocks, sees to that by itself, and small tensors (the demo's) are not worth the time: these have a plain
+    call. With everything, autograd keeps x alone: the least memory, but all is computed twice.
     """
     if not torch.is_grad_enabled():
         return block(x, *args)
     how = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
     if everything:
         return checkpoint(block, x, *args, **how)
-    compiled = (
-        torch.compiler.is_compiling() or block._compiled_call_impl is not None
-    )  # the model, or FSDP's blocks
+    compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None  # the model, or FSDP's blocks
     if compiled or x.numel() < 1 << 21:
         return block(x, *args)
-    return checkpoint(
-        block, x, *args, **how, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS)
-    )
+    return checkpoint(block, x, *args, **how, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy of logits x @ weight.T, some rows at a time; the logits are never whole.
 
-    In whole they are the largest tensors of a small model, several times over. Each part's gradients are
-    worked out while its logits are there, as in Liger Kernel (https://arxiv.org/abs/2410.10989).
+    In whole they are the largest tensors of a small model, several times over. Each part's gradients are worked out
+    while its logits are there, as in Liger Kernel (https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
@@ -250,8 +246,8 @@ class GPT(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        # A vocabulary of a multiple of 64 rows keeps the largest matmul on the tensor cores' fast path.
-        # The extra rows never reach a softmax: forward cuts the logits to vocab_size.
+        # A vocabulary of a multiple of 64 rows keeps the largest matmul on the tensor cores' fast path. The extra rows
+        # never reach a softmax: forward cuts the logits to vocab_size.
         rows = -(-config.vocab_size // 64) * 64
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd)})
         if config.pos == "learned":
@@ -268,16 +264,16 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):
-            # Two residual additions a layer: scale them so that the stream's variance does not grow
-            # with depth (GPT-2 paper, section 2.3). apply() has been to a module's children by now.
+            # Two residual additions a layer: scale them so that the stream's variance does not grow with depth (GPT-2
+            # paper, section 2.3). apply() has been to a module's children by now.
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.02 * (2 * self.config.n_layer) ** -0.5)
 
     def hidden(self, idx, cache=None, pos=0, positions=None, mask=None):
         """The final hidden states (B, T, C) of token ids idx (B, T).
 
-        The tokens stand at pos, pos + 1, ..., behind what is in cache, and see those before them; or at
-        positions (B, T), and see those that mask (B, 1, T, T) says.
+        The tokens stand at pos, pos + 1, ..., behind what is in cache, and see those before them; or at positions (B,
+        T), and see those that mask (B, 1, T, T) says.
         """
         T = idx.size(1)
         if positions is None:
@@ -327,8 +323,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Training FLOPs a token at context T, forward and backward: 6N + 12 n_layer n_embd T.
 
-        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves
-        out the position embeddings, which are looked up, and keeps wte, which is the output layer.
+        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves out the position
+        embeddings, which are looked up, and keeps wte, which is the output layer.
         """
         N = self.num_params() - sum(p.numel() for p in self.position_weights())
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
@@ -336,9 +332,9 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
         """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of the blocks.
 
-        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled
-        to the size that AdamW's has, so that one learning rate and one weight decay serve both
-        (https://arxiv.org/abs/2502.16982). Weight decay is on matrices and embeddings only.
+        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled to the size
+        that AdamW's has, so that one learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
+        Weight decay is on matrices and embeddings only.
         """
         hidden = [p for p in self.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
         rest = [p for p in self.parameters() if not any(p is matrix for matrix in hidden)]
@@ -356,10 +352,10 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):
         """Yield the next token ids, a (B * num_samples,) tensor each time, max_new_tokens times.
 
-        idx (B, T) holds B prompts of one length, of which the last block_size tokens count; each is
-        read once and continued num_samples times. Ids from vocab_size on are never drawn; `sampling`
-        are the settings of sample_token. When the context is full, its newer half is read again as
-        the new context, so that the cost of a token stays what it was.
+        idx (B, T) holds B prompts of one length, of which the last block_size tokens count; each is read once and
+        continued num_samples times. Ids from vocab_size on are never drawn; `sampling` are the settings of
+        sample_token. When the context is full, its newer half is read again as the new context, so that the cost of a
+        token stays what it was.
         """
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
@@ -418,9 +414,8 @@ class GPT(nn.Module):
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token id a row: logits (B, V) -> (B,).
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is
-    nucleus sampling (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at least one,
-    whose probabilities reach top_p.
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is nucleus sampling
+    (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at least one, whose probabilities reach top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -439,8 +434,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
 
-    ckpt: "latest" (the newest log_dir/model_*.pt), a .pt path, an OpenAI name ("gpt2" ... "gpt2-xl"),
-    or a local Hugging Face folder. Exits with one line if it cannot be had.
+    ckpt: "latest" (the newest log_dir/model_*.pt), a .pt path, an OpenAI name ("gpt2" ... "gpt2-xl"), or a local
+    Hugging Face folder. Exits with one line if it cannot be had.
     """
     if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
         model = GPT.from_pretrained(ckpt)

@@ -1,12 +1,12 @@
 """The order of the data: which tokens of which shards are in which step, on which process.
 
-Sequence n of a run is a pure function of (shards, T, seed, n), never of the number of processes or of
-restarts. Sequences are windows of T tokens (and one more, the last target). An epoch holds each window
-once: shards one after the other, shuffled from the second epoch on, and the windows of a shard shuffled
-within it. From the second epoch on the windows start at another offset.
+Sequence n of a run is a pure function of (shards, T, seed, n), never of the number of processes or of restarts.
+Sequences are windows of T tokens (and one more, the last target). An epoch holds each window once: shards one after the
+other, shuffled from the second epoch on, and the windows of a shard shuffled within it. From the second epoch on the
+windows start at another offset.
 
-A mixture of folders ("edu_fineweb10B:0.7,openwebtext:0.3") takes its sequences from them in a fixed pattern
-of these proportions, each folder in its own order.
+A mixture of folders ("edu_fineweb10B:0.7,openwebtext:0.3") takes its sequences from them in a fixed pattern of these
+proportions, each folder in its own order.
 """
 
 import fractions
@@ -30,11 +30,8 @@ def permutation(n, *key):
 class TrainOrder:
     """Which T tokens sequence n of a run is, and the sequences themselves. See the top of this file."""
 
-    settled = False  # whether the data is known to be complete for every process: none waits any more
-
     def __init__(self, shards, T, seed):
-        self.shards, self.T, self.seed, self.enc = shards, T, seed, shards.enc
-        self.parts = [(self, 1)]  # and their weights
+        self.shards, self.T, self.seed = shards, T, seed
         self._windows = functools.lru_cache(maxsize=2)(self._shuffle_windows)
         self._sign, self._heard_at = None, time.monotonic()
         self._count()
@@ -44,9 +41,7 @@ class TrainOrder:
         self.per_epoch = int(self.counts.sum())
         self._shard_ends = functools.lru_cache(maxsize=2)(self._shuffle_shards)
         if not self.per_epoch and self.shards.complete:
-            sys.exit(
-                f"{self.shards.data_dir}: no training shard has the {self.T + 1} tokens that --T={self.T} needs"
-            )
+            sys.exit(f"{self.shards.data_dir}: no training shard has the {self.T + 1} tokens that --T={self.T} needs")
 
     def _shuffle_windows(self, epoch, shard):
         """The starts of a shard's windows in the order of an epoch."""
@@ -61,21 +56,12 @@ class TrainOrder:
         order = permutation(len(self.counts), self.seed, epoch, 3) if epoch else np.arange(len(self.counts))
         return order, self.counts[order].cumsum()
 
-    @property
-    def complete(self):
-        """Whether all of the data has been written."""
-        return self.shards.complete
-
     def has(self, n):
         """Whether sequence n has been written; looks into the folder again where it has not."""
         if not self.shards.complete and n >= self.per_epoch:
             self.shards.refresh()
             self._count()
         return self.shards.complete or n < self.per_epoch
-
-    def progress(self):
-        """In words: how many shards there are, of those that are not complete."""
-        return "" if self.complete else f"{len(self.shards.train)} in {self.shards.data_dir}"
 
     def silence(self):
         """Seconds since meta.json, which fineweb.py touches while it is at work, was last seen to change."""
@@ -95,21 +81,10 @@ class TrainOrder:
         shard = int(order[place])
         return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
 
-    def describe(self, sequences):
-        """Yield lines on the data, as it is read by steps of so many sequences."""
-        for part, weight in self.parts:
-            share = f", {float(weight):.2%} of the tokens" if len(self.parts) > 1 else ""
-            folder, steps = part.shards.data_dir, part.per_epoch / sequences / float(weight)
-            yield f"{steps:,.1f} steps an epoch of {folder}{share}"
-            if not part.complete:
-                found = f"{len(part.shards.train)} training shards now, more as fineweb.py goes on"
-                yield f"{folder} is not complete: {found}"
-
     def batches(self, first, count, B, rank=0, world_size=1):
         """Yield one process's micro-batches of sequences first .. first + count - 1, in turns of B each.
 
-        Each is an int64 array (B, T + 1): the inputs are all but the last column, the targets all but
-        the first.
+        Each is an int64 array (B, T + 1): the inputs are all but the last column, the targets all but the first.
         """
         for n in range(first + rank * B, first + count, world_size * B):
             yield np.stack([self.read(i) for i in range(n, n + B)])
@@ -161,15 +136,15 @@ def parse_mixture(data_dir):
 
 
 class Mixture:
-    """A TrainOrder over several, in the proportions of their weights: Fractions that add up to 1.
+    """A TrainOrder over several, or one, in the proportions of their weights: Fractions that add up to 1.
 
-    The pattern repeats: each sequence is of the source that is furthest behind its share. So no source is ever
-    off by more than a sequence or two, and where one stands is known without counting from the start.
+    The pattern repeats: each sequence is of the source that is furthest behind its share. So no source is ever off by
+    more than a sequence or two, and where one stands is known without counting from the start.
     """
 
     def __init__(self, orders, weights):
-        self.orders, self.T, self.enc = orders, orders[0].T, orders[0].enc
-        self.parts = list(zip(orders, weights, strict=True))
+        self.orders, self.weights, self.T, self.enc = orders, weights, orders[0].T, orders[0].shards.enc
+        self.settled = False  # whether the data is known to be complete for every process: none waits any more
         self.period = math.lcm(*(weight.denominator for weight in weights))
         if self.period > 10_000:
             sys.exit("--data_dir: the weights of a mixture may have four decimals")
@@ -190,34 +165,42 @@ class Mixture:
         source = next(i for i in range(len(now)) if now[i] != then[i])
         return self.orders[source].read(now[source])
 
-    settled, batches, describe = False, TrainOrder.batches, TrainOrder.describe
+    batches = TrainOrder.batches
 
-    @property
-    def complete(self):
-        return all(order.complete for order in self.orders)
+    def incomplete(self):
+        """The orders whose folders are still being written."""
+        return [order for order in self.orders if not order.shards.complete]
+
+    def describe(self, sequences):
+        """Yield lines on the data, as it is read by steps of so many sequences."""
+        for order, weight in zip(self.orders, self.weights, strict=True):
+            share = f", {float(weight):.2%} of the tokens" if len(self.orders) > 1 else ""
+            folder, steps = order.shards.data_dir, order.per_epoch / sequences / float(weight)
+            yield f"{steps:,.1f} steps an epoch of {folder}{share}"
+            if not order.shards.complete:
+                found = f"{len(order.shards.train)} training shards now, more as fineweb.py goes on"
+                yield f"{folder} is not complete: {found}"
 
     def has(self, n):
         """Whether sequences up to n have been written."""
         return all(order.has(count - 1) for order, count in zip(self.orders, self.before(n + 1), strict=True))
 
-    def progress(self):
-        """In words: how many shards there are, of those that are not complete."""
-        return ", ".join(order.progress() for order in self.orders if not order.complete)
-
     def silence(self):
         """Seconds since the quietest of the folders that are not complete was last seen to change."""
-        return max((order.silence() for order in self.orders if not order.complete), default=0)
+        return max((order.silence() for order in self.incomplete()), default=0)
 
     def epochs(self, n):
-        """{folder: how often it has been read after n sequences}."""
+        """How often the data has been read after n sequences; of several, {folder: how often}."""
         counts = zip(self.orders, self.before(n), strict=True)
-        return {order.shards.data_dir: order.epochs(count) for order, count in counts}
+        found = {order.shards.data_dir: order.epochs(count) for order, count in counts}
+        return found if len(found) > 1 else next(iter(found.values()))
 
     def exposure(self, first, last):
-        """Yield what sequences first .. last - 1 are, as TrainOrder.exposure does, with their "data_dir"."""
+        """Yield what sequences first .. last - 1 are, as TrainOrder.exposure does; of several, with "data_dir"."""
         for order, start, end in zip(self.orders, self.before(first), self.before(last), strict=True):
+            where = {"data_dir": order.shards.data_dir} if len(self.orders) > 1 else {}
             for read in order.exposure(start, end):
-                yield {"data_dir": order.shards.data_dir, **read}
+                yield where | read
 
 
 def in_words(exposure):
@@ -239,28 +222,28 @@ def open_mixture(data_dir):
 
 
 def train_order(mixture, T, seed):
-    """The TrainOrder or Mixture of what open_mixture has opened."""
-    orders = [TrainOrder(shards, T, seed) for shards in mixture]
-    return orders[0] if len(orders) == 1 else Mixture(orders, list(mixture.values()))
+    """The order in which a run reads what open_mixture has opened."""
+    return Mixture([TrainOrder(shards, T, seed) for shards in mixture], list(mixture.values()))
 
 
 def wait_for(order, n, stop, minutes):
     """Return "" when sequence n is there for every process, "asked" or "silent" if it is not to be.
 
-    Looks every 5 seconds, until a process has been asked to stop (see parallel.StopRequests) or fineweb.py has
-    given no sign of life for so many minutes. All ranks call it: none waits alone.
+    Looks every 5 seconds, until a process has been asked to stop (see parallel.StopRequests) or fineweb.py has given no
+    sign of life for so many minutes. All ranks call it: none waits alone.
     """
     told = False
     while not order.settled and not all_agree(order.has(n)):
         if not told:
-            print0(f"waiting for fineweb.py to write the next training shard: there are {order.progress()}")
+            there = ", ".join(f"{len(o.shards.train)} in {o.shards.data_dir}" for o in order.incomplete())
+            print0(f"waiting for fineweb.py to write the next training shard: there are {there}")
             told = True
         time.sleep(5)
         if stop.anywhere():
             return "asked"
         if not all_agree(order.silence() < 60 * minutes):
             return "silent"
-    order.settled = order.settled or all_agree(order.complete)
+    order.settled = order.settled or all_agree(not order.incomplete())
     return ""
 
 

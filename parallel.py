@@ -1,7 +1,7 @@
 """Devices and processes: what a script runs on, and how the processes of torchrun meet, agree and share work.
 
-With DDP each process has the whole model. With FSDP (https://arxiv.org/abs/2304.11277) it has a part of every
-tensor: of the weights, the gradients and the optimizer's state. Muon's work is shared by matrices.
+With DDP each process has the whole model. With FSDP (https://arxiv.org/abs/2304.11277) it has a part of every tensor:
+of the weights, the gradients and the optimizer's state. Muon's work is shared by matrices.
 """
 
 import ctypes
@@ -39,8 +39,8 @@ def pick_device(device):
 def keep_freed_memory():
     """Have glibc's malloc keep the memory of freed tensors for the next ones.
 
-    It gives large blocks back to the kernel otherwise, and gets them anew page by page: 124M trains 1.2 times
-    as fast with this (2 cores, bfloat16, T=1024). Where there is no glibc it does nothing.
+    It gives large blocks back to the kernel otherwise, and gets them anew page by page: 124M trains 1.2 times as fast
+    with this (2 cores, bfloat16, T=1024). Where there is no glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -51,8 +51,8 @@ def keep_freed_memory():
 def pick_dtype(dtype, device):
     """A torch.dtype from "float32", "bfloat16", "float16" or "auto".
 
-    "auto" is bfloat16 where the hardware multiplies it natively (Ampere and newer, CPUs with
-    AVX512-BF16 or AMX), else float16 on CUDA, else float32.
+    "auto" is bfloat16 where the hardware multiplies it natively (Ampere and newer, CPUs with AVX512-BF16 or AMX), else
+    float16 on CUDA, else float32.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
@@ -91,8 +91,6 @@ def peak_flops(device, dtype):
 
 
 # -- processes ----------------------------------------------------------------------
-
-
 def is_rank_0():
     """Whether this is the process that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -107,8 +105,8 @@ def print0(*args):
 def start_processes(device):
     """(rank, world_size, device) of this process, with pick_device's device.
 
-    torchrun starts one process a device and says so in the environment: join them, by NCCL on GPUs and
-    gloo on CPUs. Alone, this is rank 0 of 1.
+    torchrun starts one process a device and says so in the environment: join them, by NCCL on GPUs and gloo on CPUs.
+    Alone, this is rank 0 of 1.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if world_size > 1 and device in ("auto", "cuda"):
@@ -125,8 +123,8 @@ def start_processes(device):
         return 0, 1, device
     store = None
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun --max-restarts keeps its store, and with it the addresses of processes that are gone: without
-        # names of its own a restart waits for them (torch 2.13, gloo). On several machines the counts differ.
+        # torchrun --max-restarts keeps its store, and with it the addresses of processes that are gone: without names
+        # of its own a restart waits for them (torch 2.13, gloo). On several machines the counts differ.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     group = {"store": store, "rank": rank, "world_size": world_size} if store else {}
@@ -155,9 +153,9 @@ def wait_for_all():
 def end_processes():
     """The end of start_processes, and of a script: leave together, as gloo aborts a process left behind.
 
-    torch 2.13 keeps references to the group (torch.distributed.nn.functional and FSDP's mesh do), so gloo's
-    threads run on: one that asks for Python's lock while the interpreter shuts down aborts the process. Where
-    there are several processes this therefore ends them without that.
+    torch 2.13 keeps references to the group (torch.distributed.nn.functional and FSDP's mesh do), so gloo's threads run
+    on: one that asks for Python's lock while the interpreter shuts down aborts the process. Where there are several
+    processes this therefore ends them without that.
     """
     wait_for_all()
     if dist.is_initialized():
@@ -216,7 +214,7 @@ def all_agree(yes):
     """Whether `yes` is true on every rank. All ranks call it."""
     if not dist.is_initialized():
         return bool(yes)
-    yes = torch.tensor(int(yes), device=meeting_place())
+    yes = torch.tensor(int(yes), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(yes, op=dist.ReduceOp.MIN)
     return bool(yes.item())
 
@@ -225,14 +223,9 @@ def from_rank_0(number):
     """The whole number that rank 0 has. All ranks call it."""
     if not dist.is_initialized():
         return number
-    number = torch.tensor(number, device=meeting_place())
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(number, 0)
     return number.item()
-
-
-def meeting_place():
-    """The device of the tensors that the processes exchange."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def all_finite(tensors):
@@ -271,8 +264,6 @@ class StopRequests:
 
 
 # -- FSDP ---------------------------------------------------------------------------
-
-
 def shard(model, dtype, compiled):
     """Divide a GPT among the processes, block by block; its blocks then compute in dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -334,13 +325,11 @@ def whole(value):
 
 
 # -- Muon ---------------------------------------------------------------------------
-
-
 def shares(optimizer):
     """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on.
 
-    None of AdamW's, none where there is one process, and none with FSDP: there the matrices are DTensors, and
-    the processes share each of Muon's products.
+    None of AdamW's, none where there is one process, and none with FSDP: there the matrices are DTensors, and the
+    processes share each of Muon's products.
     """
     if not (dist.is_initialized() and isinstance(optimizer, torch.optim.Muon)):
         return []
@@ -367,8 +356,6 @@ def step_optimizer(optimizer, scaler):
 
 
 # -- checkpoints --------------------------------------------------------------------
-
-
 def state_dicts(model, optimizers):
     """(the model's state dict, [each optimizer's]), whole on rank 0. All ranks call it."""
     for optimizer in optimizers:

@@ -4,10 +4,10 @@
     python plot.py --logs=log,log2 --x=tokens         # several runs in one picture
     python plot.py --what=wpe --ckpt                  # position embeddings -> log/wpe.png
 
-Also reads the log.txt of build-nanogpt, and a log that is still being written. Lines to compare with are
-drawn where they apply: for models of GPT-2 tokens, the validation loss for FineWeb-Edu alone. They are
-GPT-2 124M's loss of 3.2924 on build-nanogpt's validation shard and HellaSwag acc_norm of 29.46, as
-https://github.com/karpathy/build-nanogpt has measured them, and GPT-3 124M's 33.7 of the GPT-3 paper.
+Also reads the log.txt of build-nanogpt, and a log that is still being written. Lines to compare with are drawn where
+they apply: for models of GPT-2 tokens, the validation loss for FineWeb-Edu alone. They are GPT-2 124M's loss of 3.2924
+on build-nanogpt's validation shard and HellaSwag acc_norm of 29.46, as https://github.com/karpathy/build-nanogpt has
+measured them, and GPT-3 124M's 33.7 of the GPT-3 paper.
 """
 
 import functools
@@ -36,9 +36,8 @@ COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 def read_run(folder):
     """(run, about): the records of a log folder, and the dict of its run record.
 
-    run is {kind: {"step": array, key: array, ..., "rows": the records as dicts}}. Values that a record
-    lacks, or that are not numbers, are nan; a line that is still being written is left out. Exits if
-    there is no log.
+    run is {kind: {"step": array, key: array, ..., "rows": the records as dicts}}. Values that a record lacks, or that
+    are not numbers, are nan; a line that is still being written is left out. Exits if there is no log.
     """
     records = {}  # {kind: {step: {key: value}}}
     path = os.path.join(folder, "log.txt")
@@ -126,16 +125,12 @@ def save(fig, path):
 
 
 # -- a run --------------------------------------------------------------------------
-
-
 def baseline(ax, y, name, right=False):
     """A dashed line to compare with, and its name on it."""
     ax.axhline(y, color="0.35", linestyle="--", linewidth=1)
     side = {"x": 0.99, "ha": "right"} if right else {"x": 0.01, "ha": "left"}
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-    ax.text(
-        **side, y=y, s=f"{name} {y:g}", va="bottom", fontsize=9, transform=ax.get_yaxis_transform(), bbox=box
-    )
+    ax.text(**side, y=y, s=f"{name} {y:g}", va="bottom", fontsize=9, transform=ax.get_yaxis_transform(), bbox=box)
 
 
 def draw_loss(ax, runs):
@@ -284,8 +279,6 @@ def summary(run):
 
 
 # -- position embeddings ------------------------------------------------------------
-
-
 def draw_wpe():
     from model import load_model
 

@@ -5,8 +5,8 @@
     python sample.py --prompt=FILE:story.txt --temperature=0      # a prompt from a file, greedy
     python sample.py --interactive=True                           # type prompts; an empty line ends
 
-Text streams to the terminal as it is made. All samples are made at once, as rows of one batch: the
-first one streams, the others follow when it is done.
+Text streams to the terminal as it is made. All samples are made at once, as rows of one batch: the first one streams,
+the others follow when it is done.
 """
 
 import codecs
@@ -40,8 +40,8 @@ RULE = "-" * 80  # between samples
 def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     """Continue a prompt; yield, token after token, the new text of each sample: num_samples strings.
 
-    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are
-    empty, and at max_new_tokens. sampling: the settings of sample_token.
+    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are empty, and at
+    max_new_tokens. sampling: the settings of sample_token.
     """
     ids = enc.encode_ordinary(prompt) or [enc.eot_token]
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
@@ -75,8 +75,8 @@ class HalfLinear(nn.Module):
 def ready(model, dtype, device):
     """The model in a dtype, as it samples fastest on its device; it cannot be trained any more.
 
-    On CPUs, dtype "auto" is float16 for the weights of linear layers alone, if torch was built with FBGEMM: one
-    row of 124M takes half the time that it takes in bfloat16, and the logits are nearer to float32's.
+    On CPUs, dtype "auto" is float16 for the weights of linear layers alone, if torch was built with FBGEMM: one row of
+    124M takes half the time that it takes in bfloat16, and the logits are nearer to float32's.
     """
     fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     if device == "cpu" and fbgemm and dtype in ("auto", "float16"):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 def rows_to_score(pairs, block_size):
     """[(context, {completion: [numbers of its pairs]})] of pairs, all as tuples, the longest first.
 
-    Completions of one context share a row. One that is longer than block_size is cut into pieces, each scored
-    behind the last; a context that is too long loses its beginning.
+    Completions of one context share a row. One that is longer than block_size is cut into pieces, each scored behind
+    the last; a context that is too long loses its beginning.
     """
     rows = {}
     for i, (context, completion) in enumerate(pairs):
@@ -32,9 +32,9 @@ def row_length(row):
 def batch_to_score(rows):
     """(inputs, predictions, owners), int64 arrays, of rows of rows_to_score, of which the first is the longest.
 
-    inputs (3, B, T): token ids, their positions, and the branch of each, 0 for the context, k for the k-th
-    completion. predictions (2, N): a place in the flattened B x T, and the token that follows it. owners
-    (2, M): the number of a pair, and a prediction that counts for it.
+    inputs (3, B, T): token ids, their positions, and the branch of each, 0 for the context, k for the k-th completion.
+    predictions (2, N): a place in the flattened B x T, and the token that follows it. owners (2, M): the number of a
+    pair, and a prediction that counts for it.
     """
     T = row_length(rows[0])
     inputs = np.zeros((3, len(rows), T), dtype=np.int64)
@@ -60,14 +60,14 @@ def batch_to_score(rows):
 def score_completions(model, pairs, batch_tokens=0):
     """Log-probabilities of completions, given their contexts.
 
-    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors of
-    len(pairs): the log-probability of each completion in nats (float64), and its number of tokens.
-    A context that is too long loses its beginning. Runs under the autocast of the caller.
+    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors of len(pairs): the
+    log-probability of each completion in nats (float64), and its number of tokens. A context that is too long loses its
+    beginning. Runs under the autocast of the caller.
 
-    Completions of one context share a row, so that the context is read once: each follows it at the
-    same positions, and a mask keeps them from seeing each other. Rows of similar length make a batch
-    of up to batch_tokens tokens; 0 is 16,384, or 1,024 on a CPU, where large batches are slower (124M,
-    bfloat16, 2 cores: 2.8 times with 16,384). They run eagerly, since each has a shape of its own.
+    Completions of one context share a row, so that the context is read once: each follows it at the same positions, and
+    a mask keeps them from seeing each other. Rows of similar length make a batch of up to batch_tokens tokens; 0 is
+    16,384, or 1,024 on a CPU, where large batches are slower (124M, bfloat16, 2 cores: 2.8 times with 16,384). They run
+    eagerly, since each has a shape of its own.
     """
     device = model.lm_head.weight.device
     batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16384)

@@ -1,10 +1,10 @@
 """Token shards: the format that fineweb.py writes and train_gpt2.py reads, in the order that order.py says.
 
-A folder of 1-D .npy arrays, <prefix>_val_000000.npy, <prefix>_train_000001.npy, ..., uint16 (uint32 when
-the vocabulary needs it), 100M tokens each by default. Every document starts with <|endoftext|> and runs
-on into the next shard where one ends. meta.json says what is in them: dataset, subset, seed, tokenizer,
-vocab_size, dtype, `complete`, and for each shard its file, split, tokens, documents (those that start
-in it) and UTF-8 bytes. A folder without meta.json, as build-nanogpt writes it, holds GPT-2 tokens.
+A folder of 1-D .npy arrays, <prefix>_val_000000.npy, <prefix>_train_000001.npy, ..., uint16 (uint32 when the vocabulary
+needs it), 100M tokens each by default. Every document starts with <|endoftext|> and runs on into the next shard where
+one ends. meta.json says what is in them: dataset, subset, seed, tokenizer, vocab_size, dtype, `complete`, and for each
+shard its file, split, tokens, documents (those that start in it) and UTF-8 bytes. A folder without meta.json, as
+build-nanogpt writes it, holds GPT-2 tokens.
 """
 
 import functools
@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 
+
 # -- files --------------------------------------------------------------------------
-
-
 def write_whole(path, write):
     """write(file) under a temporary name, then rename: the file at path is always a whole one."""
     try:
@@ -54,28 +53,23 @@ def lock_folder(folder):
     return lock
 
 
-def fetch(url, path, timeout):
-    """One try of download()."""
-    with requests.get(url, stream=True, timeout=timeout) as r:
-        r.raise_for_status()
-        total = int(r.headers.get("content-length", 0)) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
-
-            def write(f):
-                for chunk in r.iter_content(1 << 20):
-                    bar.update(f.write(chunk))
-
-            write_whole(path, write)
-
-
 def download(url, path, timeout=30, tries=3):
     """Fetch url to path with a progress bar, whole or not at all; raises requests' exceptions.
 
     What may be a hiccup of the network or the server is tried again, after 1, 2, 4, ... seconds.
     """
+
+    def fetch(f):
+        with requests.get(url, stream=True, timeout=timeout) as r:
+            r.raise_for_status()
+            total = int(r.headers.get("content-length", 0)) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
+                for chunk in r.iter_content(1 << 20):
+                    bar.update(f.write(chunk))
+
     for failures in range(tries):
         try:
-            return fetch(url, path, timeout)
+            return write_whole(path, fetch)
         except requests.RequestException as e:
             refused = e.response is not None and e.response.status_code < 500
             if refused or failures == tries - 1:
@@ -84,8 +78,6 @@ def download(url, path, timeout=30, tries=3):
 
 
 # -- writing ------------------------------------------------------------------------
-
-
 def token_dtype(enc):
     """The smallest type of NumPy that shards of this vocabulary fit."""
     return np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32
@@ -94,14 +86,14 @@ def token_dtype(enc):
 class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
 
-    The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two
-    shards gives its last tenth to validation instead. Files are renamed into place when whole.
+    The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two shards gives its last
+    tenth to validation instead. Files are renamed into place when whole.
 
-    Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those
-    from there up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is
-    continued: the stream is then to be taken up again at `taken`, where `state`, as add() got it, says how, and
-    that is before `written`; until it has come there, its tokens are compared with what the shards end with.
-    Exits if they differ, or what is there was made with other settings, which `about` holds for meta.json.
+    Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those from there
+    up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is continued: the stream is
+    then to be taken up again at `taken`, where `state`, as add() got it, says how, and that is before `written`; until
+    it has come there, its tokens are compared with what the shards end with. Exits if they differ, or what is there was
+    made with other settings, which `about` holds for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about):
@@ -207,22 +199,15 @@ class ShardWriter:
         if i == 0:
             os.makedirs(self.out_dir, exist_ok=True)
             if not isinstance(self.tokenizer, str):
-                write_whole(
-                    f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode())
-                )
+                write_whole(f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode()))
             self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
         write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
-        self.meta["shards"].append(
-            {
-                "file": name,
-                "split": split,
-                "tokens": len(tokens),
-                "documents": int(np.count_nonzero(tokens == self.enc.eot_token)),
-                "bytes": int(self.byte_lengths[tokens].sum(dtype=np.int64)),
-            }
-        )
+        shard = {"file": name, "split": split, "tokens": len(tokens)}
+        shard["documents"] = int(np.count_nonzero(tokens == self.enc.eot_token))
+        shard["bytes"] = int(self.byte_lengths[tokens].sum(dtype=np.int64))
+        self.meta["shards"].append(shard)
         self.written += len(tokens)
         self._write_meta()
 
@@ -232,8 +217,6 @@ class ShardWriter:
 
 
 # -- reading ------------------------------------------------------------------------
-
-
 def has_shards(data_dir):
     """Whether the folder is there and holds a .npy file."""
     return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
@@ -267,9 +250,8 @@ def read_meta(data_dir):
 class Shards:
     """The shards of one folder.
 
-    dataset is what they were made from, enc their tokenizer; train and val are lists of (path, number of
-    tokens); complete is False while fineweb.py is still writing. Exits if the folder holds none or one is
-    damaged.
+    dataset is what they were made from, enc their tokenizer; train and val are lists of (path, number of tokens);
+    complete is False while fineweb.py is still writing. Exits if the folder holds none or one is damaged.
     """
 
     def __init__(self, data_dir):
@@ -281,17 +263,15 @@ class Shards:
         self.dataset, name = meta.get("dataset"), meta["tokenizer"]
         self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)
         if meta.get("vocab_size", self.enc.n_vocab) != self.enc.n_vocab:
-            sys.exit(
-                f"{data_dir}/meta.json: says {meta['vocab_size']} tokens, its tokenizer {name} has "
-                f"{self.enc.n_vocab}; make the shards again with python fineweb.py"
-            )
+            says = f"says {meta['vocab_size']} tokens, its tokenizer {name} has {self.enc.n_vocab}"
+            sys.exit(f"{data_dir}/meta.json: {says}; make the shards again with python fineweb.py")
 
     def check_tokenizer(self, name, enc):
         """Exit if the tokenizer enc of `name` is not that of these shards."""
         if tokenizer_state(enc) != tokenizer_state(self.enc):
+            here = f"{self.data_dir} has {self.enc.name} ({self.enc.n_vocab})"
             sys.exit(
-                f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {self.data_dir} has "
-                f"{self.enc.name} ({self.enc.n_vocab}): make shards with the model's own"
+                f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {here}: make shards with the model's own"
             )
 
     def refresh(self):
@@ -304,9 +284,7 @@ class Shards:
                 if split:
                     meta["shards"].append({"file": name, "split": split[1]})
             if not meta["shards"]:
-                sys.exit(
-                    f"{self.data_dir}: shards are named *_train_000001.npy and *_val_000000.npy; none here is"
-                )
+                sys.exit(f"{self.data_dir}: shards are named *_train_000001.npy and *_val_000000.npy; none here is")
         self.complete = meta["complete"]
         self.train, self.val = [], []
         for shard in meta["shards"]:

@@ -4,9 +4,9 @@
     load_tokenizer("bytes")             the 256 bytes and <|endoftext|>; needs no download
     load_tokenizer("tokenizer.json")    a byte-level BPE of your own, as train_tokenizer.py writes it
 
-tokenizer.json holds {"name", "pat_str", "tokens", "special_tokens"}: `tokens` are base64 byte
-strings whose place in the list is their id and their merge rank, as in tiktoken's own files.
-A checkpoint carries its tokenizer as a name or, for one of your own, as that same dict.
+tokenizer.json holds {"name", "pat_str", "tokens", "special_tokens"}: `tokens` are base64 byte strings whose place in
+the list is their id and their merge rank, as in tiktoken's own files. A checkpoint carries its tokenizer as a name or,
+for one of your own, as that same dict.
 """
 
 import base64
@@ -41,9 +41,7 @@ def load_tokenizer(name):
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # No merges, so where a text is split does not matter; short pieces are fastest.
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={EOT: 256}
-        )
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={EOT: 256})
     try:
         if isinstance(name, str):
             with open(name, encoding="utf-8") as f:
@@ -67,12 +65,8 @@ def load_tokenizer(name):
 
 def copy_encoding(enc):
     """A tiktoken.Encoding that shares nothing with enc but its tokens."""
-    return tiktoken.Encoding(
-        enc.name,
-        pat_str=enc._pat_str,
-        mergeable_ranks=enc._mergeable_ranks,
-        special_tokens=enc._special_tokens,
-    )
+    parts = {"mergeable_ranks": enc._mergeable_ranks, "special_tokens": enc._special_tokens}
+    return tiktoken.Encoding(enc.name, pat_str=enc._pat_str, **parts)
 
 
 def tokenizer_state(enc):
@@ -80,12 +74,9 @@ def tokenizer_state(enc):
     if enc.name in ("gpt2", "bytes"):
         return enc.name
     ranks = sorted(enc._mergeable_ranks, key=enc._mergeable_ranks.get)
-    return {
-        "name": enc.name,
-        "pat_str": enc._pat_str,
-        "tokens": [base64.b64encode(t).decode() for t in ranks],
-        "special_tokens": dict(enc._special_tokens),
-    }
+    tokens = [base64.b64encode(t).decode() for t in ranks]
+    special = dict(enc._special_tokens)
+    return {"name": enc.name, "pat_str": enc._pat_str, "tokens": tokens, "special_tokens": special}
 
 
 def token_byte_lengths(enc):
@@ -97,8 +88,6 @@ def token_byte_lengths(enc):
 
 
 # -- Hugging Face's tokenizer.json --------------------------------------------------
-
-
 def byte_characters():
     """{byte: character}: how Hugging Face's byte-level tokenizers, after GPT-2's, write bytes as text."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -119,20 +108,15 @@ def load_hugging_face(path):
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
         byte_of = {character: b for b, character in byte_characters().items()}
         ranks = {
-            bytes(byte_of[c] for c in token): i
-            for token, i in state["model"]["vocab"].items()
-            if token not in special
+            bytes(byte_of[c] for c in token): i for token, i in state["model"]["vocab"].items() if token not in special
         }
         steps = state["pre_tokenizer"].get("pretokenizers", [state["pre_tokenizer"]])
         kinds = [step["type"] for step in steps]
         pat_str = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
         if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or EOT not in special:
             raise ValueError(f"it needs byte-level pieces and {EOT}")
-        if (
-            steps[-1]["add_prefix_space"]
-            or steps[0].get("behavior", "Isolated") != "Isolated"
-            or steps[0].get("invert")
-        ):
+        isolated = steps[0].get("behavior", "Isolated") == "Isolated" and not steps[0].get("invert")
+        if steps[-1]["add_prefix_space"] or not isolated:
             raise ValueError("it changes the text, or leaves some of it out")
         if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True) and len(ranks) > 256:
             raise ValueError("it does not cut text into pieces before it merges")
@@ -157,9 +141,7 @@ def load_vocab_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             vocab = json.load(f)
-        same = all(
-            vocab["".join(characters[b] for b in token)] == i for token, i in enc._mergeable_ranks.items()
-        )
+        same = all(vocab["".join(characters[b] for b in token)] == i for token, i in enc._mergeable_ranks.items())
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:

@@ -8,11 +8,10 @@
     python train_gpt2.py --init_from=gpt2 --max_lr=3e-5 --min_lr=3e-6 --warmup_steps=50   # fine-tune
     python train_gpt2.py --eval_only=True --ckpt=gpt2     # validation loss of any model
 
-The defaults are the run of build-nanogpt: GPT-2 124M, 0.5M tokens a step, GPT-3's schedule. Writes to
-log/: log.txt ("<step> <kind> <value>" lines), metrics.jsonl (everything else), model_<step>.pt (the
-model) and resume.pt (what only training needs). Which tokens are in a step is the same for any number
-of processes and any B: see order.py. Step s is logged before its update, so model_00250.pt has had
-250 updates and `250 val` is its loss.
+The defaults are the run of build-nanogpt: GPT-2 124M, 0.5M tokens a step, GPT-3's schedule. Writes to log/: log.txt
+("<step> <kind> <value>" lines), metrics.jsonl (everything else), model_<step>.pt (the model) and resume.pt (what only
+training needs). Which tokens are in a step is the same for any number of processes and any B: see order.py. Step s is
+logged before its update, so model_00250.pt has had 250 updates and `250 val` is its loss.
 """
 
 import collections
@@ -172,8 +171,6 @@ def stalled(losses):
 
 
 # -- before the first step ----------------------------------------------------------
-
-
 def check_settings():
     """Exit with one line if a number makes no sense."""
     positive = """n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens
@@ -246,8 +243,6 @@ def describe(model, order, precision, where, world_size):
 
 
 # -- once in a while ----------------------------------------------------------------
-
-
 def end_of(run):
     """The step at which the run ends: max_steps, or where plateau has seen it end."""
     return min(max_steps, run.last_step or max_steps)
@@ -282,8 +277,8 @@ def evaluations(model, mixture, order, autocast, ranks):
 def evaluate_due(tasks, run, model, log, stop, seconds):
     """Do what is due at this step; seconds[kind] gets the time that it took.
 
-    Returns (the validation loss if it was measured, "asked" if a process has been asked to stop). All of it is
-    done again then, when the run goes on.
+    Returns (the validation loss if it was measured, "asked" if a process has been asked to stop). All of it is done
+    again then, when the run goes on.
     """
     now = {kind: task for kind, (every, task) in tasks.items() if due(every, run)}
     if not now:
@@ -323,13 +318,11 @@ def cool_down_if_stalled(run):
 
 
 # -- a step -------------------------------------------------------------------------
-
-
 def update(model, train_model, optimizers, scaler, order, run, rank, world_size):
     """The update of this step: forward and backward for each micro-batch, then one step of the optimizers.
 
-    train_model is what makes the gradients of model: itself or DDP. Returns {"loss", "lr", "grad_norm",
-    "seconds", "finite"}; if it is not finite, the weights stay as they are.
+    train_model is what makes the gradients of model: itself or DDP. Returns {"loss", "lr", "grad_norm", "seconds",
+    "finite"}; if it is not finite, the weights stay as they are.
     """
     start, where = time.perf_counter(), model.lm_head.weight.device
     lr, sequences = get_lr(run.step, end_of(run)), total_batch_size // T
@@ -403,8 +396,6 @@ def report(result, run, order, full_speed, left, log):
 
 
 # -- the run ------------------------------------------------------------------------
-
-
 def finish(ending, log):
     """The last words, when all is saved."""
     parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
@@ -457,9 +448,7 @@ def main(given):
         about = {"tokenizer": order.enc.name, "dataset": dataset, "parameters": model.num_params()}
         log.note(0, "run", **about, settings=logdir.kept(run.settings))
     del saved  # the optimizers have it
-    seconds = collections.defaultdict(
-        lambda: collections.deque(maxlen=20)
-    )  # {kind of work: what it took lately}
+    seconds = collections.defaultdict(lambda: collections.deque(maxlen=20))  # {kind of work: what it took lately}
     compiling = run.step if pick_compile(compile, where) else None  # the step whose time tells nothing
     stop = parallel.StopRequests()
     if run.step > max_steps:
@@ -492,6 +481,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    parallel.run_script(
-        lambda: main(configure(globals(), default_settings)), lambda e: parallel.explain(e, B, log_dir)
-    )
+    parallel.run_script(lambda: main(configure(globals(), default_settings)), lambda e: parallel.explain(e, B, log_dir))

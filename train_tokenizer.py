@@ -4,11 +4,11 @@
     python train_tokenizer.py --data=my_texts --vocab_size=8192 --out=tokenizer.json
     python fineweb.py --dataset=my_texts --tokenizer=tokenizer.json --out_dir=my_shards
 
-Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes since GPT-2): a pattern cuts text into pieces,
-words by and large; inside of one, starting from bytes, the pair of tokens that was the most frequent in
-training becomes one token, again and again. Training is rustbpe's (1.1 s for 34 MB on 2 cores, where
-Hugging Face's tokenizers took 3.0 s for tokens that compress the same). Every twentieth document is held
-out, to see how well the tokens compress what they have not been trained on.
+Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes since GPT-2): a pattern cuts text into pieces, words by and
+large; inside of one, starting from bytes, the pair of tokens that was the most frequent in training becomes one token,
+again and again. Training is rustbpe's (1.1 s for 34 MB on 2 cores, where Hugging Face's tokenizers took 3.0 s for
+tokens that compress the same). Every twentieth document is held out, to see how well the tokens compress what they have
+not been trained on.
 """
 
 import json
@@ -41,9 +41,7 @@ def train(texts, vocab_size, pat_str):
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts, vocab_size - 1, pattern=pat_str)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return tiktoken.Encoding(
-        own_name(ranks), pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-    )
+    return tiktoken.Encoding(own_name(ranks), pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
 def bytes_per_token(enc, texts):

@@ -43,8 +43,8 @@ def load_checkpoint(path, mmap=False):
 def read_hugging_face(source):
     """(config, state) of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder.
 
-    config is a GPTConfig as a dict, state the state dict of such a GPT. Reads safetensors or .bin files,
-    whole or sharded, of a GPT2LMHeadModel or a GPT2Model; exits with one line for anything else.
+    config is a GPTConfig as a dict, state the state dict of such a GPT. Reads safetensors or .bin files, whole or
+    sharded, of a GPT2LMHeadModel or a GPT2Model; exits with one line for anything else.
     """
     folder = download_openai(source) if source in OPENAI_MODELS else source
     try:
@@ -154,7 +154,5 @@ def tokenizer_beside(source, vocab_size):
         return load_vocab_json(os.path.join(source, "vocab.json"))
     names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
     if vocab_size not in names:
-        sys.exit(
-            f"{source}: no tokenizer.json, and {vocab_size} tokens are neither gpt2's vocabulary nor bytes'"
-        )
+        sys.exit(f"{source}: no tokenizer.json, and {vocab_size} tokens are neither gpt2's vocabulary nor bytes'")
     return load_tokenizer(names[vocab_size])

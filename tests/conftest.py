@@ -88,9 +88,7 @@ def spawn(tmp_path):
     """
 
     def call(script, *args, nproc=1, cwd=tmp_path):
-        return subprocess.run(
-            command(script, *args, nproc=nproc), cwd=cwd, capture_output=True, text=True, timeout=180
-        )
+        return subprocess.run(command(script, *args, nproc=nproc), cwd=cwd, capture_output=True, text=True, timeout=180)
 
     return call
 

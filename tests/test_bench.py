@@ -14,20 +14,14 @@ TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--B=1", "--T=16", "--rounds
 @pytest.fixture
 def tiny(monkeypatch):
     """bench's settings, for a model that takes no time."""
-    for key, value in dict(
-        n_layer=2, n_head=2, n_embd=32, B=2, T=16, items=3, device="cpu", dtype="float32"
-    ).items():
+    for key, value in dict(n_layer=2, n_head=2, n_embd=32, B=2, T=16, items=3, device="cpu", dtype="float32").items():
         monkeypatch.setattr(bench, key, value)
 
 
 def test_the_table(spawn):
     result = spawn("bench.py", *TINY, "--what=train", "--against=limit,nanoGPT")
     assert result.returncode == 0, result.stderr
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in result.stdout.splitlines()
-        if line[:1] == "|"
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if line[:1] == "|"]
     assert rows[0] == ["what", "ours", "beside it", "theirs", "ratio", "peak memory"]
     (limit,) = (row for row in rows if row[2] == "limit: matrix product")
     ours, theirs = (float(re.match(r"[\d,.]+", cell)[0].replace(",", "")) for cell in (limit[1], limit[3]))
@@ -67,9 +61,7 @@ def test_every_way_to_score_gives_the_same(tiny):
 
 
 def test_other_peoples_scripts_are_not_run(tmp_path):
-    (tmp_path / "theirs.py").write_text(
-        "import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n"
-    )
+    (tmp_path / "theirs.py").write_text("import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n")
     assert bench.definitions(str(tmp_path), "theirs.py", extra=3).GPT.size == pytest.approx(3.14159, abs=1e-4)
 
 

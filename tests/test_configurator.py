@@ -92,9 +92,7 @@ def test_mistakes_are_one_line(configured, args, message):
 
 
 def test_files_of_settings(configured, tmp_path):
-    (tmp_path / "run.py").write_text(
-        '"""A run."""\nmax_steps = 1e2  # short\nmax_lr = 3\ncompile = False\nB = 1\n'
-    )
+    (tmp_path / "run.py").write_text('"""A run."""\nmax_steps = 1e2  # short\nmax_lr = 3\ncompile = False\nB = 1\n')
     result = configured("run.py", "--B=2")
     assert (result["max_steps"], result["max_lr"], result["compile"], result["B"]) == (100, 3.0, "False", 2)
     assert configured("--B=2", "run.py")["B"] == 1

@@ -211,18 +211,14 @@ def test_hellaswag_is_downloaded_once(run, model, tmp_path, monkeypatch):
         write_jsonl(tmp_path / path, hellaswag_items(5))
 
     monkeypatch.setattr("shards.download", download)
-    assert (
-        run("hellaswag.py", "--split=train", "--ckpt") == run("hellaswag.py", "--split=train", "--ckpt") or True
-    )
+    assert run("hellaswag.py", "--split=train", "--ckpt") == run("hellaswag.py", "--split=train", "--ckpt") or True
     assert asked == ["https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_train.jsonl"]
 
     def offline(url, path):
         raise requests.ConnectionError
 
     monkeypatch.setattr("shards.download", offline)
-    with pytest.raises(
-        SystemExit, match=r"cannot download HellaSwag \(ConnectionError\): put https://.*_val\.jsonl"
-    ):
+    with pytest.raises(SystemExit, match=r"cannot download HellaSwag \(ConnectionError\): put https://.*_val\.jsonl"):
         run("hellaswag.py", "--ckpt")
 
 

@@ -49,9 +49,7 @@ def checkpoint(tmp_path):
                 p.add_(0.1 * torch.randn_like(p))
         state = {"model": model.state_dict(), "config": vars(model.config), "step": 7, "val_loss": None}
         (tmp_path / "log").mkdir()
-        torch.save(
-            state | {"settings": {}, "tokenizer": tokenizer_state(enc)}, tmp_path / "log" / "model_00007.pt"
-        )
+        torch.save(state | {"settings": {}, "tokenizer": tokenizer_state(enc)}, tmp_path / "log" / "model_00007.pt")
         return model
 
     return save
@@ -173,9 +171,7 @@ def test_a_tokenizer_that_cannot_be_exported(run, checkpoint, tmp_path, own):
     """$ is the end of the text to tiktoken's engine, the end of a line to that of Hugging Face's tokenizers."""
     state = tokenizer_state(own) | {"name": "strange", "pat_str": r"[^\n]+$|\n|[^\n]"}
     checkpoint(load_tokenizer(state))
-    with pytest.raises(
-        SystemExit, match=r"the tokenizer strange cannot be exported: its pattern means something"
-    ):
+    with pytest.raises(SystemExit, match=r"the tokenizer strange cannot be exported: its pattern means something"):
         run("export.py")
     assert not (tmp_path / "hf_model").exists()
 
@@ -240,9 +236,7 @@ def test_the_whole_chain(run, tmp_path):
 def test_max_bytes(run, tmp_path):
     texts = [json.dumps({"text": line}) for line in TEXT.splitlines(keepends=True)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
-    out = run(
-        "train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--max_bytes=5e3", "--pattern=gpt2"
-    )
+    out = run("train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--max_bytes=5e3", "--pattern=gpt2")
     size = int(re.search(r"from ([\d,]+) bytes", out)[1].replace(",", ""))
     assert 5000 <= size < 5200
 

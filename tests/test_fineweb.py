@@ -64,9 +64,7 @@ def test_local_files(run, tmp_path, monkeypatch, kind, streaming):
     else:
         content = jsonl(TEXTS).encode()
         data.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
-    out = run(
-        "fineweb.py", f"--dataset={data}", f"--streaming={streaming}", "--tokenizer=bytes", "--out_dir=out"
-    )
+    out = run("fineweb.py", f"--dataset={data}", f"--streaming={streaming}", "--tokenizer=bytes", "--out_dir=out")
     assert decode(tmp_path / "out", ENC, val_last=True) == expected
     assert "train: 1 shards" in out
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -78,9 +76,7 @@ def test_order_and_size_of_shards(run, tmp_path):
     run("fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--out_dir=out", "--shard_size=500")
     assert decode(tmp_path / "out", ENC) == TEXTS
     names = sorted(p.name for p in (tmp_path / "out").glob("*.npy"))
-    assert (
-        names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"] and "djsonl_val_000000.npy" in names
-    )
+    assert names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"] and "djsonl_val_000000.npy" in names
 
 
 @pytest.mark.parametrize("bars", ["0", "1"])
@@ -179,9 +175,7 @@ def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, opti
         meta_path = tmp_path / f"died{n}" / "meta.json"
         assert not meta_path.exists() or not json.loads(meta_path.read_text())["complete"]
         encoded, encode = [], fineweb.encode
-        monkeypatch.setattr(
-            fineweb, "encode", lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a)
-        )
+        monkeypatch.setattr(fineweb, "encode", lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a))
         out = run("fineweb.py", *corpus, *options, f"--out_dir=died{n}")
         monkeypatch.setattr(fineweb, "encode", encode)
         assert contents(tmp_path / f"died{n}") == whole
@@ -227,9 +221,7 @@ def test_a_network_that_hiccups(monkeypatch, capsys):
     assert sleeps == [2, 4, 8, 2, 4, 8, 16, 32, 2]
     assert "fineweb-edu: ConnectionError: reset by peer; reading on in 2 s" in capsys.readouterr().err
     fails[12] = 6
-    with pytest.raises(
-        SystemExit, match=r"^cannot read fineweb-edu: ConnectionError: reset by peer; go online, or"
-    ):
+    with pytest.raises(SystemExit, match=r"^cannot read fineweb-edu: ConnectionError: reset by peer; go online, or"):
         list(Documents("fineweb-edu"))
 
 
@@ -288,9 +280,7 @@ def test_megabytes_of_one_character(gpt2, char):
     assert time.perf_counter() - start < 30
 
 
-@pytest.mark.parametrize(
-    "texts", [TEXTS, [text for text in TEXTS if EOT not in text], ["it 's", "s  ", "\n\n", "s"]]
-)
+@pytest.mark.parametrize("texts", [TEXTS, [text for text in TEXTS if EOT not in text], ["it 's", "s  ", "\n\n", "s"]])
 def test_a_batch_is_its_documents_one_by_one(gpt2, texts):
     ((tokens, _),) = tokenize(texts, gpt2, np.uint16)
     assert tokens.tolist() == [i for text in texts for i in [gpt2.eot_token, *gpt2.encode_ordinary(text)]]

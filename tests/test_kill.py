@@ -140,9 +140,7 @@ def test_a_killed_rank_is_restarted(shards, tmp_path):
         while logged(tmp_path / "log") < before + 20:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        ranks = [
-            pid for pid in children(process.pid) if b"train_gpt2" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        ranks = [pid for pid in children(process.pid) if b"train_gpt2" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(sorted(ranks)[rank], signal.SIGKILL)
         while set(ranks) & set(children(process.pid)):
             time.sleep(0.1)

@@ -125,9 +125,7 @@ def by_hand(model, idx):
             else:
                 x = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
             xs[t] = xs[t] + linear(x, name + ".mlp.c_proj")
-    return torch.stack(
-        [w["transformer.wte.weight"][: c.vocab_size] @ normed(x, "transformer.ln_f") for x in xs]
-    )
+    return torch.stack([w["transformer.wte.weight"][: c.vocab_size] @ normed(x, "transformer.ln_f") for x in xs])
 
 
 @pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
@@ -278,9 +276,7 @@ def test_a_spike_is_no_plateau():
 MODERN = ["--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--qk_norm=True", "--bias=False", "--optimizer=muon"]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "schedule"), [("adamw", "plateau"), ("muon", "wsd"), ("muon", "plateau")]
-)
+@pytest.mark.parametrize(("optimizer", "schedule"), [("adamw", "plateau"), ("muon", "wsd"), ("muon", "plateau")])
 def test_resumed_with_every_optimizer_and_schedule(run, shards, tmp_path, at_step, optimizer, schedule):
     args = [*SMALL, *MODERN, f"--optimizer={optimizer}", f"--schedule={schedule}", "--cooldown_steps=3"]
     args += ["--max_steps=14", "--eval_every=1", "--patience=2", "--max_lr=3e-1", "--sample_every=0"]
@@ -302,9 +298,7 @@ def test_muon_on_two_ranks_is_muon_on_one(run, spawn, shards, tmp_path):
     assert result.returncode == 0, result.stderr
     for kind in ("train", "val"):
         assert read_log(tmp_path / "two", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=2e-4)
-    one, two = (
-        load_checkpoint(str(tmp_path / x / "resume.pt"))["optimizers"][1]["state"] for x in ("log", "two")
-    )
+    one, two = (load_checkpoint(str(tmp_path / x / "resume.pt"))["optimizers"][1]["state"] for x in ("log", "two"))
     assert one.keys() == two.keys()
     for i, state in one.items():
         a, b = state["momentum_buffer"], two[i]["momentum_buffer"]
@@ -385,9 +379,7 @@ def test_a_run_on_a_mixture(run, spawn, sources, tmp_path, at_step):
     assert "steps an epoch of b, 30.00% of the tokens" in out
     val = [r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl") if r["kind"] == "val"][-1]
     assert val["loss"] == pytest.approx(0.7 * val["sources"]["a"] + 0.3 * val["sources"]["b"])
-    alone = run(
-        "train_gpt2.py", "--preset=tiny", "--data_dir=b", "--eval_only=True", "--T=32", "--dtype=float32"
-    )
+    alone = run("train_gpt2.py", "--preset=tiny", "--data_dir=b", "--eval_only=True", "--T=32", "--dtype=float32")
     assert float(re.search(r"loss (\d\.\d+)", alone)[1]) == pytest.approx(val["sources"]["b"], abs=1e-4)
     for k in (2, 5):
         at_step(k, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -398,16 +390,12 @@ def test_a_run_on_a_mixture(run, spawn, sources, tmp_path, at_step):
     result = spawn("train_gpt2.py", *args, "--log_dir=two", nproc=2)
     assert result.returncode == 0, result.stderr
     assert read_log(tmp_path / "two", "val") == pytest.approx(read_log(tmp_path / "log", "val"), abs=2e-4)
-    assert (tmp_path / "two" / "exposure.jsonl").read_text() == (
-        tmp_path / "log" / "exposure.jsonl"
-    ).read_text()
+    assert (tmp_path / "two" / "exposure.jsonl").read_text() == (tmp_path / "log" / "exposure.jsonl").read_text()
     with pytest.raises(SystemExit, match="the run in log mixes its data otherwise; leave it out"):
         run("train_gpt2.py", "--resume", "--data_dir=a:0.6,b:0.4")
 
 
-@pytest.mark.parametrize(
-    "data_dir", ["a:0.7,b", "a:x,b:1", ":1,b:1", "a:0.5,a:0.5", "a:0,b:1", "a:1,b:0.333333"]
-)
+@pytest.mark.parametrize("data_dir", ["a:0.7,b", "a:x,b:1", ":1,b:1", "a:0.5,a:0.5", "a:0,b:1", "a:1,b:0.333333"])
 def test_what_is_no_mixture(run, sources, data_dir):
     with pytest.raises(SystemExit, match=r"a mixture such as|names a folder twice|four decimals"):
         run("train_gpt2.py", *SMALL, f"--data_dir={data_dir}")

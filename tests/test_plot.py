@@ -103,9 +103,7 @@ def test_a_log_alone_still_being_written(run, tmp_path, figure):
     write_log(tmp_path / "log", 20, metrics=False)
     with open(tmp_path / "log" / "log.txt", "a") as f:
         f.write("20 train 3.")
-    assert run("plot.py").startswith(
-        "log: best val loss 5.9430 at step 20, HellaSwag 0.2520, EWoK 0.5020, 20 steps"
-    )
+    assert run("plot.py").startswith("log: best val loss 5.9430 at step 20, HellaSwag 0.2520, EWoK 0.5020, 20 steps")
     assert list(figure["axes"]) == ["loss", "HellaSwag", "EWoK"]
     assert "GPT-2 124M val 3.2924" in labels(figure["axes"]["loss"])
     (tmp_path / "log" / "log.txt").write_text("0 train 5.5\n")

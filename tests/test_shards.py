@@ -213,9 +213,7 @@ def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, m
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):
     """Peak memory of reading 2 MB of shards and of reading 80 MB, each from end to end, by a new process."""
-    code = (
-        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from order import *; from shards import *\n"
-    )
+    code = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from order import *; from shards import *\n"
     code += "order = TrainOrder(Shards(sys.argv[1]), 1000, 0)\n"
     code += "assert sum(len(x) for x in order.batches(0, order.per_epoch // 3 * 3, 3)) > 990\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -225,14 +223,10 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
         folder.mkdir()
         names = [f"x_train_{i}.npy" for i in range(count)]
         listed = [{"file": name, "split": "train"} for name in names]
-        (folder / "meta.json").write_text(
-            json.dumps({"tokenizer": "bytes", "complete": True, "shards": listed})
-        )
+        (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "complete": True, "shards": listed}))
         for i, name in enumerate(names):
             np.save(folder / name, np.full(1_000_000, i, dtype=np.uint16))
-        out = subprocess.run(
-            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
-        )
+        out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
         peaks.append(int(out.stdout))
     assert peaks[1] - peaks[0] < 10_000, f"{peaks} kB"
 
@@ -293,9 +287,7 @@ def test_a_token_outside_the_vocabulary(tmp_path):
     write(tmp_path, [np.arange(1000) % 256], 200)
     replace_with(np.full(200, 300, dtype=np.uint16))(tmp_path)
     order = TrainOrder(Shards(str(tmp_path)), 16, 0)
-    with pytest.raises(
-        SystemExit, match=r"x_train_000001\.npy: token 300 at \d+ is outside the vocabulary of bytes"
-    ):
+    with pytest.raises(SystemExit, match=r"x_train_000001\.npy: token 300 at \d+ is outside the vocabulary of bytes"):
         list(order.batches(0, 1, 1))
 
 

@@ -63,9 +63,7 @@ def assert_same_run(a, b, step=8):
 
 
 def test_a_run_and_its_files(run, shards, tmp_path):
-    out = run(
-        "train_gpt2.py", *SMALL, "--max_steps=60", "--eval_every=20", "--sample_every=30", "--save_every=30"
-    )
+    out = run("train_gpt2.py", *SMALL, "--max_steps=60", "--eval_every=20", "--sample_every=30", "--save_every=30")
     lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
     assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in lines)
     train, val = read_log(tmp_path / "log", "train"), read_log(tmp_path / "log", "val")
@@ -76,9 +74,7 @@ def test_a_run_and_its_files(run, shards, tmp_path):
     records = read_jsonl(tmp_path / "log" / "metrics.jsonl")
     record = next(r for r in records if r["kind"] == "train" and r["step"] == 5)
     assert record["loss"] == pytest.approx(train[5], abs=1e-6)
-    assert (
-        record["tokens"] == 6 * 512 and record["lr"] > 0 and record["grad_norm"] > 0 and record["seconds"] > 0
-    )
+    assert record["tokens"] == 6 * 512 and record["lr"] > 0 and record["grad_norm"] > 0 and record["seconds"] > 0
     assert [r["step"] for r in records if r["kind"] == "sample"] == [0, 30, 60]
     assert re.search(
         r"step +59 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| \d+ms \| [\d,]+ tok/s \| eta 0:00:0\d\n", out
@@ -96,9 +92,7 @@ def test_a_run_and_its_files(run, shards, tmp_path):
     assert state["config"] == vars(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32))
 
     # the loss of the checkpoint, by the trainer and token by token
-    printed = run(
-        "train_gpt2.py", "--eval_only=True", "--data_dir=shards", "--dtype=float32", "--T=32", "--B=3"
-    )
+    printed = run("train_gpt2.py", "--eval_only=True", "--data_dir=shards", "--dtype=float32", "--T=32", "--B=3")
     result = dict(part.split(" ") for part in printed.splitlines()[-1].split(" | "))
     model, enc = load_model("latest")
     tokens = torch.from_numpy(np.load(shards / "toy_val_000000.npy").astype(np.int64))
@@ -155,9 +149,7 @@ def test_micro_batch_does_not_change_the_run(run, shards, tmp_path, args):
 
 def test_the_micro_batch_gives_way(run, shards, tmp_path):
     """The preset's 16 sequences do not go into 20: B is lowered, unless it was asked for."""
-    out = run(
-        "train_gpt2.py", *[arg for arg in SMALL if arg != "--B=4"], "--max_steps=1", "--total_batch_size=640"
-    )
+    out = run("train_gpt2.py", *[arg for arg in SMALL if arg != "--B=4"], "--max_steps=1", "--total_batch_size=640")
     assert "--B=10, which divides the 640 tokens of a step evenly" in out
     assert load_checkpoint(str(tmp_path / "log" / "model_00001.pt"))["settings"]["B"] == 10
 
@@ -168,9 +160,7 @@ def test_processes_do_not_change_the_run(run, spawn, shards, tmp_path):
     assert two.returncode == 0, two.stderr
     for kind in ("train", "val"):
         assert read_log(tmp_path / "two", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=5e-5)
-    assert (tmp_path / "two" / "exposure.jsonl").read_text() == (
-        tmp_path / "log" / "exposure.jsonl"
-    ).read_text()
+    assert (tmp_path / "two" / "exposure.jsonl").read_text() == (tmp_path / "log" / "exposure.jsonl").read_text()
     assert len(re.findall("val loss", two.stdout)) == 4, "only rank 0 prints"
 
 
@@ -246,9 +236,7 @@ def test_stopped_while_waiting_for_shards(run, shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "sleep", sleep)
     out = run("train_gpt2.py", *SMALL, "--log_dir=part")
-    assert (
-        len(sleeps) == 1 and "waiting for fineweb.py to write the next training shard: there are 2 in " in out
-    )
+    assert len(sleeps) == 1 and "waiting for fineweb.py to write the next training shard: there are 2 in " in out
     assert "saved part/model_00007.pt" in out and "go on with: python" in out
     (shards / "meta.json").write_text(json.dumps(meta))
     run("train_gpt2.py", "--resume", "--log_dir=part")
@@ -354,9 +342,7 @@ def poison(monkeypatch):
 def test_bad_steps_are_skipped(run, shards, tmp_path, poison, at_step):
     poison(3, 4)
     out = run("train_gpt2.py", *SMALL, "--max_bad_steps=3")
-    assert re.search(
-        r"step +3 \| not finite: no update, 1 in a row; the data: epoch 0 toy_train_\d+\.npy tok", out
-    )
+    assert re.search(r"step +3 \| not finite: no update, 1 in a row; the data: epoch 0 toy_train_\d+\.npy tok", out)
     assert "step     4 | not finite: no update, 2 in a row" in out
     records = [r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in records if "skipped" in r] == [3, 4]
@@ -378,9 +364,7 @@ def test_too_many_bad_steps_end_the_run(run, shards, tmp_path, poison, dtype):
     poison(4, 9)
     with pytest.raises(SystemExit) as e:
         run("train_gpt2.py", *SMALL, "--max_bad_steps=2", f"--dtype={dtype}")
-    pattern = (
-        r"step 5: 2 steps in a row were not finite, the last on epoch 0 toy_train_\d+\.npy tokens \d+ to \d+"
-    )
+    pattern = r"step 5: 2 steps in a row were not finite, the last on epoch 0 toy_train_\d+\.npy tokens \d+ to \d+"
     assert re.match(pattern, e.value.code) and "the last good checkpoint is log/model_00003.pt" in e.value.code
     del e  # its frames hold the lock of the log folder
     gc.collect()
@@ -390,9 +374,7 @@ def test_too_many_bad_steps_end_the_run(run, shards, tmp_path, poison, dtype):
 
 
 def test_broken_weights_are_never_saved(run, shards, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"step \d: the weights are no longer finite; nothing saved, there is no ch"
-    ):
+    with pytest.raises(SystemExit, match=r"step \d: the weights are no longer finite; nothing saved, there is no ch"):
         run("train_gpt2.py", *SMALL, "--max_lr=1e38", "--save_every=1", "--max_bad_steps=100")
     assert not list((tmp_path / "log").glob("*.pt"))
 
@@ -500,14 +482,8 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
     with pytest.raises(SystemExit, match=r"--preset=gpt2: the run to resume has tiny; leave it out"):
         run("train_gpt2.py", "--resume", "--preset=gpt2")
     # another machine, whose dtype=auto is another
-    other = (
-        "float32"
-        if "bfloat16" in load_checkpoint(str(tmp_path / "log" / "resume.pt"))["precision"]
-        else "bfloat16"
-    )
-    monkeypatch.setattr(
-        "parallel.pick_dtype", lambda dtype, where, real=parallel.pick_dtype: real(other, where)
-    )
+    other = "float32" if "bfloat16" in load_checkpoint(str(tmp_path / "log" / "resume.pt"))["precision"] else "bfloat16"
+    monkeypatch.setattr("parallel.pick_dtype", lambda dtype, where, real=parallel.pick_dtype: real(other, where))
     with pytest.raises(
         SystemExit, match=rf"computes in b?float\d\d, --dtype=auto is {other} here: choose with --dtype="
     ):
@@ -553,9 +529,7 @@ def test_the_writer_is_gone(run, shards, tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 60))
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with pytest.raises(
-        SystemExit, match=r"shards: no sign of fineweb\.py for 5 minutes; the run is saved: start"
-    ) as e:
+    with pytest.raises(SystemExit, match=r"shards: no sign of fineweb\.py for 5 minutes; the run is saved: start") as e:
         run("train_gpt2.py", *SMALL, "--data_timeout=5")
     assert e.value.code.endswith("then python train_gpt2.py --resume")
     del e  # its frames hold the lock of the log folder
@@ -600,9 +574,7 @@ def test_init_from(run, shards, tmp_path):
         run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--log_dir=tuned", "--T=64")
     texts = TEXT.splitlines(keepends=True)
     mine = {"name": "mine", "pat_str": r"\S+|\s+", "special_tokens": {"<|endoftext|>": 256}}
-    mine["tokens"] = json.loads(
-        json.dumps([__import__("base64").b64encode(bytes([i])).decode() for i in range(256)])
-    )
+    mine["tokens"] = json.loads(json.dumps([__import__("base64").b64encode(bytes([i])).decode() for i in range(256)]))
     write_shards(texts, load_tokenizer(mine), str(tmp_path / "mine"), "toy", dataset="toy")
     with pytest.raises(SystemExit, match=r"has the tokenizer bytes \(257 tokens\), mine has mine \(257\)"):
         run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--data_dir=mine")
@@ -631,9 +603,7 @@ def test_compiled_equals_eager(run, shards, tmp_path):
     out = run("train_gpt2.py", *args, "--compile=True", "--log_dir=compiled")
     assert "compile on" in out
     for kind in ("train", "val"):
-        assert read_log(tmp_path / "compiled", kind) == pytest.approx(
-            read_log(tmp_path / "log", kind), abs=1e-3
-        )
+        assert read_log(tmp_path / "compiled", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=1e-3)
 
 
 # -- the demo -----------------------------------------------------------------------
