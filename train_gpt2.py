@@ -277,8 +277,8 @@ def evaluations(model, mixture, order, autocast, ranks):
 def evaluate_due(tasks, run, model, log, stop, seconds):
     """Do what is due at this step; seconds[kind] gets the time that it took.
 
-    Returns (the validation loss if it was measured, "asked" if a process has been asked to stop). All of it is done
-    again then, when the run goes on.
+    Returns (the validation loss if it was measured, "asked" if a process has been asked to stop). If that leaves
+    something out, all of it is done again when the run goes on.
     """
     now = {kind: task for kind, (every, task) in tasks.items() if due(every, run)}
     if not now:

@@ -13,7 +13,7 @@ import torch
 import ewok
 import hellaswag
 from conftest import read_jsonl, read_log
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_model
 from scoring import score_completions
 from tokenizer import load_tokenizer
 
@@ -569,6 +569,41 @@ def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, at_step, 
     records = {r["kind"]: r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl")}
     assert records["hella"]["count"] == 30 and records["hella"]["acc_norm"] == pytest.approx(hella[4], abs=1e-4)
     assert records["ewok"]["by_Domain"].keys() == {"social", "spatial", "material"}
+
+
+def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc):
+    """Appended at each evaluation, rewound when the run goes on; the script keeps its own elsewhere."""
+    items, files = members()
+    write_zip(tmp_path / "ewok_fast_jsonl.zip", files)
+    args = [*TRAIN, "--hellaswag_every=0", "--ewok_every=2", "--ewok_items=True", "--dtype=float32", "--save_every=1"]
+    run("train_gpt2.py", *args)
+    records = read_jsonl(tmp_path / "log" / "ewok_items.jsonl")
+    assert [r["step"] for r in records] == [0] * 48 + [2] * 48 + [4] * 48
+    assert records[-48:] == [
+        {"step": 4, "kind": "ewok_item", **r} for r in ewok.evaluate(load_model("latest")[0], enc, items)["items"]
+    ]
+    assert not any(item["Context1"] in (tmp_path / "log" / "ewok_items.jsonl").read_text() for item in items)
+    at_step(3, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("train_gpt2.py", *args, "--log_dir=died", "--save_every=1000")
+    at_step(-1, None)
+    run("train_gpt2.py", *args, "--resume", "--log_dir=died")
+    assert read_jsonl(tmp_path / "died" / "ewok_items.jsonl") == records
+    out = run("ewok.py", "--ckpt", "--items=True", "--dtype=float32")
+    assert "wrote log/ewok_items_latest.jsonl" in out and len(read_jsonl(tmp_path / "log" / "ewok_items.jsonl")) == 144
+    run("train_gpt2.py", *args, "--resume", "--max_steps=5")  # beside a file without steps
+    assert len(read_jsonl(tmp_path / "log" / "ewok_items_latest.jsonl")) == 48
+
+
+@pytest.mark.parametrize("error", [SystemExit("no items today"), ValueError("no items today")])
+def test_a_loader_that_fails_does_not_end_the_run(run, shards, tmp_path, monkeypatch, error):
+    def load_items(**how):
+        raise error
+
+    monkeypatch.setattr(ewok, "load_items", load_items)
+    out = run("train_gpt2.py", *TRAIN, "--hellaswag_every=0", "--ewok_every=2")
+    assert out.count("warning: this run goes without EWoK: no items today") == 1
+    assert list(read_log(tmp_path / "log", "train")) == [0, 1, 2, 3]
 
 
 def test_a_run_goes_on_without_the_data(run, shards, tmp_path, monkeypatch):

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import requests
 import torch
+from PIL import Image
 
 import evals
 import fineweb
+import logdir
 import order as order_module
 import parallel
 from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
@@ -96,15 +98,21 @@ def test_a_run_and_its_files(run, shards, tmp_path):
     result = dict(part.split(" ") for part in printed.splitlines()[-1].split(" | "))
     model, enc = load_model("latest")
     tokens = torch.from_numpy(np.load(shards / "toy_val_000000.npy").astype(np.int64))
-    nats = 0.0
+    nats, right = 0.0, 0
     for start in range(0, len(tokens) - 1, 32):
         x, y = tokens[start : start + 32], tokens[start + 1 : start + 33]
-        nats -= model(x[None, : len(y)])[0].log_softmax(-1)[range(len(y)), y].sum().item()
+        logits = model(x[None, : len(y)])[0]
+        nats -= logits.log_softmax(-1)[range(len(y)), y].sum().item()
+        right += (logits.argmax(-1) == y).sum().item()
     size = len(enc.decode(tokens[1:].tolist()).replace("<|endoftext|>", "").encode())
     assert float(result["loss"]) == pytest.approx(nats / (len(tokens) - 1), abs=1e-4)
     assert float(result["perplexity"]) == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-3)
     assert float(result["bpb"]) == pytest.approx(nats / math.log(2) / size, abs=1e-4)
     assert result["tokens"] == f"{len(tokens) - 1:,}"
+    assert float(result["accuracy"]) == pytest.approx(right / (len(tokens) - 1), abs=1e-4)
+    accuracy = {r["step"]: r["accuracy"] for r in records if r["kind"] == "val"}
+    assert 0.1 < accuracy[60] == pytest.approx(float(result["accuracy"]), abs=1e-4)
+    assert f"| accuracy {accuracy[60]:.2%} |" in out
     assert val[60] == pytest.approx(float(result["loss"]), abs=1e-4)
 
 
@@ -137,6 +145,41 @@ def test_steps_equal_a_plain_loop(run, shards, tmp_path):
     assert read_log(tmp_path / "log", "train") == pytest.approx(expected, abs=1e-4)
     for name, value in weights(tmp_path / "log").items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-4, rtol=1e-3)
+
+
+def test_lines_on_the_terminal(run, shards, tmp_path):
+    """Every so many steps and the last one; the log has them all."""
+    out = run("train_gpt2.py", *SMALL, "--print_every=3")
+    assert re.findall(r"step +(\d+) \| loss", out) == ["0", "3", "6", "7"]
+    assert all(re.search(r" \| eta \d:\d\d:\d\d$", line) for line in out.splitlines() if "| loss" in line)
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
+    out = run("train_gpt2.py", *SMALL, "--print_every=0", "--log_dir=quiet")
+    assert "| loss" not in out and "| val loss" in out
+
+
+def test_time_left(monkeypatch):
+    """Behind the update of step 9 of 25: 15 updates, validations at 10, 20 and 25, checkpoints at 20 and 25."""
+    import train_gpt2
+
+    monkeypatch.setattr(train_gpt2, "max_steps", 25)
+    monkeypatch.setattr(train_gpt2, "save_every", 20)
+    run = logdir.Run({}, {}, [], "", step=9, tokens=0)
+    tasks = {"val": (10, None), "hella": (0, None)}
+    seconds = {"train": [90.0, 1.0, 1.0], "val": [4.0]}  # the first one was slow to start
+    assert train_gpt2.time_left(run, tasks, seconds, 7.0) == 15 * 1 + 3 * 4 + 2 * 7
+
+
+def test_the_run_draws_itself(run, shards, tmp_path, monkeypatch):
+    run("train_gpt2.py", *SMALL, "--plot_every=-1")
+    assert np.asarray(Image.open(tmp_path / "log" / "plot.png").convert("L")).std() > 10
+    run("train_gpt2.py", *SMALL, "--log_dir=never")
+    assert not (tmp_path / "never" / "plot.png").exists()
+    # nothing that goes wrong with it is the run's concern
+    (tmp_path / "blocked" / "plot.png").mkdir(parents=True)
+    assert "done; see" in run("train_gpt2.py", *SMALL, "--plot_every=4", "--log_dir=blocked")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    out = run("train_gpt2.py", *SMALL, "--plot_every=-1", "--log_dir=absent")
+    assert not (tmp_path / "absent" / "plot.png").exists() and "matplotlib" not in out
 
 
 @pytest.mark.parametrize("args", [["--B=16"], ["--B=1"]])
@@ -490,6 +533,32 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
         run("train_gpt2.py", "--resume")
     out = run(edited, "--resume", "--weight_decay=0.1", f"--dtype={other}")
     assert f"resuming log at step 4 with dtype={other} instead of auto\n" in out
+
+
+def test_a_run_of_an_older_version(run, shards, tmp_path, at_step):
+    """What its resume.pt lacks has its default: a counter, and a setting that there was not."""
+    run("train_gpt2.py", *SMALL)
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("train_gpt2.py", *SMALL, "--log_dir=older")
+    at_step(-1, None)
+    path = tmp_path / "older" / "resume.pt"
+    saved = load_checkpoint(str(path))
+    del saved["bad_steps"], saved["exposed"]
+    for settings in (saved["settings"], saved["defaults"]):
+        del settings["print_every"], settings["patience"]
+    torch.save(saved, path)
+    run("train_gpt2.py", "--resume", "--log_dir=older")
+    assert (tmp_path / "older" / "log.txt").read_text() == (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_any_setting_is_kept(run, shards, tmp_path, at_step):
+    """Not only those of the model: what the command line said holds after --resume, and changes are told."""
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("train_gpt2.py", *SMALL, "--eval_every=2")
+    at_step(-1, None)
+    out = run("train_gpt2.py", "--resume", "--save_every=2")
+    assert "resuming log at step 5 with save_every=2 instead of 3\n" in out
+    assert list(read_log(tmp_path / "log", "val")) == [0, 2, 4, 6, 8]
 
 
 def test_another_batch_size_neither_repeats_nor_skips(run, shards, tmp_path, at_step):
