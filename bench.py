@@ -111,9 +111,11 @@ def train_transformers(compiled=False):
 
 def train_nanogpt():
     """On GPUs nanoGPT trains in bfloat16 and compiles; its README's way on a CPU is float32, not compiled."""
-    model, autocast = nanogpt_model(bias=False)
+    theirs, on_gpu = definitions(nanogpt, "model.py"), device.startswith("cuda")
+    model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
-    forward = torch.compile(model) if device.startswith("cuda") else model
+    forward = torch.compile(model) if on_gpu else model
+    autocast = pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
     return training(model, lambda x, y: forward(x, y)[1], optimizer, autocast)
 
 
@@ -143,19 +145,6 @@ def sample_transformers(precision=None):
     def repeat():
         out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **how)
         assert out.size(1) == 16 + max_new_tokens
-
-    return repeat, max_new_tokens
-
-
-def sample_nanogpt():
-    """nanoGPT's generate; on a CPU in float32, as its sample.py runs it there."""
-    model, autocast = nanogpt_model(bias=True)
-    idx = torch.arange(16, device=device)[None]
-
-    @torch.no_grad()
-    def repeat():
-        with autocast:
-            model.eval().generate(idx, max_new_tokens, temperature=0.8, top_k=200)
 
     return repeat, max_new_tokens
 
@@ -326,14 +315,6 @@ def definitions(clone, name, **variables):
     return module
 
 
-def nanogpt_model(bias):
-    """(nanoGPT's model, the autocast that it runs under)."""
-    theirs = definitions(nanogpt, "model.py")
-    config = theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=bias)
-    on_gpu = device.startswith("cuda")
-    return theirs.GPT(config).to(device), pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
-
-
 def transformers_model(precision):
     """transformers' GPT-2 with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -358,7 +339,6 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": sample_ours,
         "transformers": sample_transformers,
         "transformers, float32": partial(sample_transformers, torch.float32),
-        "nanoGPT": sample_nanogpt,
         "one sample of 8": partial(sample_ours, 8),
         "limit: weights, copied": copy,
     }),

@@ -31,16 +31,14 @@ from shards import lock_folder, write_whole
 from tokenizer import tokenizer_state
 from weights import load_checkpoint
 
-# The files of records that are not in metrics.jsonl, by kind; a new one is a line here.
-FILES = {"exposure": "exposure.jsonl", "ewok_item": "ewok_items.jsonl"}
-RECORDS = ("log.txt", "metrics.jsonl", *FILES.values())
+RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"  # the files of records
 
 
 @dataclasses.dataclass
 class Run:
     """What a run consists of besides its weights and optimizers: saved in resume.pt, and restored, whole.
 
-    A new counter is one line here. Its default is what it has in runs that were saved without it.
+    A new counter is one line here, a plain value. Its default is what it has in runs that were saved without it.
     """
 
     settings: dict  # of the trainer
@@ -227,7 +225,7 @@ class LogDir:
 
     def __init__(self, path, saved=None, resume=False, writes=True):
         self.path, self.writes, self._files, self._drawing = path, writes, {}, None
-        self.saved = (saved["step"], saved.get("evaluated_step")) if saved else None  # what resume.pt is of
+        self.saved_state = (saved["step"], saved.get("evaluated_step")) if saved else None  # what resume.pt is of
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if not writes:
             return
@@ -250,7 +248,7 @@ class LogDir:
 
     def _set_aside(self):
         """Move an earlier run's files to old_1, old_2, ..."""
-        old = [x for x in os.listdir(self.path) if x in (*RECORDS, "resume.pt") or re.fullmatch(r"model_\d+\.pt", x)]
+        old = [x for x in os.listdir(self.path) if re.fullmatch(rf"{RECORDS}|resume\.pt|model_\d+\.pt", x)]
         if old:
             n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(self.path, f"old_{n}")))
             aside = os.path.join(self.path, f"old_{n}")
@@ -274,11 +272,10 @@ class LogDir:
             except ValueError:  # cut short by a crash
                 return False
 
-        for path in (os.path.join(self.path, name) for name in RECORDS):
-            if os.path.exists(path):
-                with open(path) as f:
-                    lines = [line for line in f if comes_before(line)]
-                write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
+        for path in (os.path.join(self.path, x) for x in os.listdir(self.path) if re.fullmatch(RECORDS, x)):
+            with open(path) as f:
+                lines = [line for line in f if comes_before(line)]
+            write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
 
     def _append(self, name, line):
         if name not in self._files:
@@ -295,8 +292,9 @@ class LogDir:
         """A line of the .jsonl file of its kind. JSON has no nan and no infinity: they become null."""
         odd = [key for key, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
         line = json.dumps({"step": step, "kind": kind, **more, **dict.fromkeys(odd)})
+        file = f"{kind}s" if kind.endswith("_item") else kind if kind == "exposure" else "metrics"
         if self.writes:
-            self._append(FILES.get(kind, "metrics.jsonl"), line)
+            self._append(f"{file}.jsonl", line)
 
     def save(self, run, model, optimizers, scaler, enc, val_loss=None, keep=0):
         """Save a checkpoint, if the last one is of another state: the model and resume.pt. All ranks call it.
@@ -304,7 +302,7 @@ class LogDir:
         Exits if a parameter is not finite: a broken model never takes the place of a good one. With keep, deletes all
         but the newest `keep` models and the best by validation loss.
         """
-        if (run.step, run.evaluated_step) == self.saved:
+        if (run.step, run.evaluated_step) == self.saved_state:
             return
         start = time.monotonic()
         if not all_finite(model.parameters()):
@@ -317,7 +315,7 @@ class LogDir:
             resume_file = dataclasses.asdict(run) | {"optimizers": states, "scaler": scaler.state_dict()}
             resume_file |= {"rng": torch.get_rng_state()}
             self._write(model_file, resume_file, keep)
-        self.saved, self.saved_at = (run.step, run.evaluated_step), time.monotonic()
+        self.saved_state, self.saved_at = (run.step, run.evaluated_step), time.monotonic()
         self.save_seconds = self.saved_at - start
 
     def _write(self, model_file, resume_file, keep):
@@ -330,8 +328,8 @@ class LogDir:
         save_tensors(os.path.join(self.path, "resume.pt"), resume_file | {"checkpoints": self.checkpoints})
         if keep:
             measured = {s: loss for s, loss in self.checkpoints.items() if loss is not None and loss == loss}
-            kept = {step, *sorted(self.checkpoints)[-keep:], *sorted(measured, key=measured.get)[:1]}
-            for s in set(self.checkpoints) - kept:
+            stay = {step, *sorted(self.checkpoints)[-keep:], *sorted(measured, key=measured.get)[:1]}
+            for s in set(self.checkpoints) - stay:
                 if os.path.exists(model_path(self.path, s)):
                     os.remove(model_path(self.path, s))
                 del self.checkpoints[s]

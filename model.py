@@ -46,11 +46,21 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 where input and weight differ, as with FSDP's bfloat16 weights: CPUs have no kernel for that."""
+
+    def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
+
+
 def new_norm(config, size):
     """The LayerNorm or RMSNorm of a model, over vectors of `size`."""
     if config.norm == "rmsnorm":
         return RMSNorm(size, eps=1e-5)
-    return nn.LayerNorm(size, bias=config.bias)
+    return LayerNorm(size, bias=config.bias)
 
 
 def rotation(positions, head_size):
@@ -195,7 +205,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss is in nats, accuracy the share of targets with the highest logit: not counted with_gradients.
         """
         size = 256 if x.device.type == "cpu" else 8192  # rows of GPT-2's vocabulary;
-        size = size * 50304 // len(weight)  # of a smaller one as many logits, which are more rows
+        if x.device.type != "mps":  # whose long products can be wrong, https://github.com/pytorch/pytorch/issues/109457
+            size = size * 50304 // len(weight)  # of a smaller one as many logits, which are more rows
         w, keep = weight.to(x.dtype), (targets >= 0)[:, None]
         loss, right = torch.zeros(2, device=x.device)
         dx = dw = None
@@ -211,7 +222,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not with_gradients:
                 right += ((p.max(dim=-1, keepdim=True).indices == target) & keep[part]).sum()
             else:  # of the sum over rows: softmax minus one-hot
-                p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
+                if x.device.type == "cpu":
+                    p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
+                else:  # compiled, one kernel with the softmax: an eighth of the bytes
+                    p = (p.exp() - (torch.arange(len(weight), device=x.device) == target)).to(x.dtype)
                 dx[part] = (p @ w) * keep[part]
                 dw += p.t() @ (x[part] * keep[part])
         count = keep.sum()

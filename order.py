@@ -75,11 +75,11 @@ class TrainOrder:
 
         In a folder that is not complete, ask has(n) first.
         """
-        epoch, rank = divmod(n, self.per_epoch)
+        epoch, n = divmod(n, self.per_epoch)
         order, ends = self._shard_ends(epoch)
-        place = int(np.searchsorted(ends, rank, side="right"))
+        place = int(np.searchsorted(ends, n, side="right"))
         shard = int(order[place])
-        return epoch, shard, int(self._windows(epoch, shard)[rank - ends[place]])
+        return epoch, shard, int(self._windows(epoch, shard)[n - ends[place]])
 
     def batches(self, first, count, B, rank=0, world_size=1):
         """Yield one process's micro-batches of sequences first .. first + count - 1, in turns of B each.

@@ -5,6 +5,7 @@ of the weights, the gradients and the optimizer's state. Muon's work is shared b
 """
 
 import ctypes
+import datetime
 import errno
 import os
 import re
@@ -128,6 +129,7 @@ def start_processes(device):
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     group = {"store": store, "rank": rank, "world_size": world_size} if store else {}
+    group["timeout"] = datetime.timedelta(hours=1)  # others wait while rank 0 saves a large model or downloads
     if device.startswith("cuda"):
         dist.init_process_group("nccl", device_id=torch.device(device), **group)
     elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
@@ -237,7 +239,8 @@ def all_finite(tensors):
 class StopRequests:
     """What asks a run to end after its step: Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1.
 
-    A second Ctrl-C ends the process at once. Another reason to end a run would be one more line in here().
+    A second Ctrl-C ends the process at once. For another reason to end a run, here() is the place: whoever asks, at
+    whatever point of a step, asks anywhere(), which asks here() of each process.
     """
 
     def __init__(self):
@@ -289,7 +292,7 @@ def gather(model):
 
 
 def release(model):
-    """The end of gather()."""
+    """The end of gather(); from now on the parts of a block are given back after its forward pass again."""
     for module in divided_modules(model):
         module.set_reshard_after_forward(module is not model, recurse=False)
         module.reshard()

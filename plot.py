@@ -241,6 +241,8 @@ def draw_run():
             panels.append(functools.partial(draw_curve, **how))
         if kind == "ewok" and domains(runs):
             panels.append(draw_domains)
+    for kind in sorted(kinds - {"train", "val", *(kind for kind, *_ in CURVES)}):  # an eval of your own
+        panels.append(functools.partial(draw_curve, kind=kind, key="value", title=kind, ylabel="score"))
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (5.6 * columns, 3.5 * rows)

@@ -88,5 +88,5 @@ def score_completions(model, pairs, batch_tokens=0):
         scored.append((owners, torch.cat(losses)))  # not read before all are under way: a GPU need not wait
     sums = np.zeros(len(pairs))
     for (numbers, counted), losses in scored:
-        np.subtract.at(sums, numbers, losses.double().cpu().numpy()[counted])
+        np.subtract.at(sums, numbers, losses.cpu().double().numpy()[counted])  # MPS has no float64
     return torch.from_numpy(sums), torch.tensor([len(completion) for _, completion in pairs])

@@ -257,18 +257,19 @@ def evaluations(model, mixture, order, autocast, ranks):
     """{kind: (every so many steps, function of (run, log))}: what is done once in a while, in this order."""
     tasks, enc = {}, order.enc
     if all(shards.val for shards in mixture):
-        how = (B, T, val_tokens, autocast, ranks)
-        tasks["val"] = eval_every, partial(evals.validate, model, mixture, *how)
-    for kind, name, every, script, how in (
-        ("hella", "HellaSwag", hellaswag_every, hellaswag, {"limit": hellaswag_limit}),
-        ("ewok", "EWoK", ewok_every, ewok, {}),
+        tasks["val"] = eval_every, partial(evals.validate, model, mixture, B, T, val_tokens, autocast, ranks)
+    for kind, name, every, script, limit, with_items in (
+        ("hella", "HellaSwag", hellaswag_every, hellaswag, hellaswag_limit, False),
+        ("ewok", "EWoK", ewok_every, ewok, 0, ewok_items),
     ):
-        items = every and evals.load_eval_items(name, partial(script.load_items, **how))
+        items = every and evals.load_eval_items(name, partial(script.load_items, limit=limit))
         if items:
-            task = partial(evals.score, script, kind, items, model, enc, autocast, ranks, ewok_items)
+            task = partial(evals.score, script, kind, items, model, enc, autocast, ranks, with_items)
             tasks[kind] = every, task
-    how = (sample_prompt, sample_tokens, seed, autocast)
-    tasks["sample"] = sample_every, partial(evals.write_sample, model, enc, *how)
+    tasks["sample"] = (
+        sample_every,
+        partial(evals.write_sample, model, enc, sample_prompt, sample_tokens, seed, autocast),
+    )
     tasks["exposure"] = exposure_every, partial(evals.write_exposure, order)
     tasks["plot"] = plot_every, lambda run, log: log.draw()
     return tasks
@@ -330,7 +331,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     total = torch.zeros((), device=where)
     for micro_step, rows in enumerate(order.batches(run.tokens // T, sequences, B, rank, world_size)):
         rows = parallel.to_device(rows, where)  # (B, T + 1)
-        train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1  # which DDP looks at
         with pick_autocast(dtype, str(where), cache=False):
             loss = train_model(rows[:, :-1], rows[:, 1:])
         total += loss.detach()
@@ -368,7 +369,7 @@ def time_left(run, tasks, seconds, save_seconds):
 
 
 def report(result, run, order, full_speed, left, log):
-    """Print and record a step, whose update returned `result`."""
+    """Print and record a step, whose update returned `result`; ends the run after too many that were not finite."""
     step, loss, seconds, finite = run.step, result["loss"], result["seconds"], result.pop("finite")
     read, seen = run.tokens // T, (run.tokens + total_batch_size) // T  # sequences, before and after this step
     speed = total_batch_size / seconds
@@ -437,7 +438,8 @@ def main(given):
         logdir.restore(log_dir, optimizers, scaler, saved)
     train_model = model
     if world_size > 1 and not fsdp:
-        train_model = DDP(model, device_ids=[where] if where.startswith("cuda") else None)
+        where_to = [where] if where.startswith("cuda") else None
+        train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
     full_speed = describe(model, order, precision, where, world_size)
 
     # What is done besides training, and where it is written down
@@ -455,10 +457,11 @@ def main(given):
         return print0(f"nothing to do: the run is at step {run.step}, --max_steps={max_steps}")
 
     ending = ""  # why the run ends: "done", "asked" to, or the data's writer is "silent"
-    while True:
+    while True:  # a step: what is due before its update, with step updates made so far, and then the update
         val_loss = None
         if not ending and run.step < end_of(run):
-            ending = wait_for(order, (run.tokens + total_batch_size) // T - 1, stop, data_timeout)
+            last_sequence = (run.tokens + total_batch_size) // T - 1  # of this step
+            ending = wait_for(order, last_sequence, stop, data_timeout)
         if not ending and run.evaluated_step != run.step:
             val_loss, ending = evaluate_due(tasks, run, model, log, stop, seconds)
         if not ending and run.step == end_of(run):

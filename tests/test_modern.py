@@ -308,6 +308,15 @@ def test_muon_on_two_ranks_is_muon_on_one(run, spawn, shards, tmp_path):
     assert read_log(tmp_path / "two", "train") == pytest.approx(read_log(tmp_path / "log", "train"), abs=5e-4)
 
 
+def test_fsdp_in_bfloat16_with_layernorm(run, spawn, shards, tmp_path):
+    """The weights of the norms are bfloat16 then, their input may not be."""
+    args = [*SMALL, "--dtype=bfloat16", "--max_steps=3"]
+    run("train_gpt2.py", *args)
+    result = spawn("train_gpt2.py", *args, "--fsdp=True", "--log_dir=two", nproc=2)
+    assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "two", "train") == pytest.approx(read_log(tmp_path / "log", "train"), abs=0.02)
+
+
 def test_fsdp_is_ddp_is_one_process(run, spawn, shards, tmp_path):
     """A run passes from one process to FSDP on two and four, to DDP and back, with the losses of one."""
     args = [*SMALL, *MODERN, "--max_steps=12", "--min_lr=1e-2", "--sample_every=4"]

@@ -111,6 +111,14 @@ def test_a_log_alone_still_being_written(run, tmp_path, figure):
     assert list(figure["axes"]) == ["loss"]
 
 
+def test_an_eval_of_ones_own(run, tmp_path, figure):
+    write_log(tmp_path / "log", 20)
+    with open(tmp_path / "log" / "log.txt", "a") as f:
+        f.write("0 lambada 0.0\n10 lambada 0.5\n")
+    run("plot.py")
+    assert list(figure["axes"]["lambada"].lines[0].get_ydata()) == [0, 0.5]
+
+
 def test_smoothing_is_the_mean_of_the_window():
     values = np.array([1.0, 2.0, np.nan, 4.0, np.inf, 6.0])
     assert plot.smooth(values, 2) == pytest.approx([1, 1.5, 2, 4, 4, 6])
