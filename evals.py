@@ -101,7 +101,7 @@ def load_eval_items(name, load):
 
 def score(script, kind, items, model, enc, autocast, ranks, with_items, run, log):
     """An eval, the module of its script, as `kind` in the logs; with_items: each item's numbers too."""
-    with autocast:
+    with autocast, torch.compiler.set_stance("force_eager"):  # FSDP's blocks: each batch has a shape of its own
         result = script.evaluate(model, enc, items, **ranks)
     print0(f"step {run.step:5d} | {script.summary(result)}")
     numbers = result.pop("items", [])
@@ -114,7 +114,7 @@ def score(script, kind, items, model, enc, autocast, ranks, with_items, run, log
 def write_sample(model, enc, prompt, max_new_tokens, seed, autocast, run, log):
     if is_rank_0():
         how = {"top_k": 50, "generator": torch.Generator(model.lm_head.weight.device).manual_seed(seed)}
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):
             pieces = stream_text(model, enc, prompt, max_new_tokens, **how)
             text = prompt + "".join(piece for (piece,) in pieces)
         log.note(run.step, "sample", text=text)

@@ -227,7 +227,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:  # compiled, one kernel with the softmax: an eighth of the bytes
                     p = (p.exp() - (torch.arange(len(weight), device=x.device) == target)).to(x.dtype)
                 dx[part] = (p @ w) * keep[part]
-                dw += p.t() @ (x[part] * keep[part])
+                rows = x[part] * keep[part]
+                if x.dtype == torch.float16:  # whose range the sum over the rows can leave
+                    dw += (p.t() @ (rows / 256)).float() * 256
+                else:
+                    dw += p.t() @ rows
         count = keep.sum()
         ctx.save_for_backward(dx, dw, count)
         ctx.dtype = weight.dtype

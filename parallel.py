@@ -173,6 +173,8 @@ def explain(e, B, folder):
     if isinstance(e, RuntimeError) and re.search("out of memory|can't allocate|not enough memory", str(e)):
         hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
         return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
+    if re.search(r"Failed to find C compiler|No working C\+\+ compiler|Python\.h: No such file", str(e)):
+        return "torch.compile found no C++ compiler or Python headers: install g++ and python3-dev, or --compile=False"
     if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
         return f"process {os.environ.get('RANK')} lost the others: {first}"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -216,7 +218,7 @@ def all_agree(yes):
     """Whether `yes` is true on every rank. All ranks call it."""
     if not dist.is_initialized():
         return bool(yes)
-    yes = torch.tensor(int(yes), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    yes = torch.tensor(int(bool(yes)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(yes, op=dist.ReduceOp.MIN)
     return bool(yes.item())
 

@@ -323,7 +323,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     """The update of this step: forward and backward for each micro-batch, then one step of the optimizers.
 
     train_model is what makes the gradients of model: itself or DDP. Returns {"loss", "lr", "grad_norm", "seconds",
-    "finite"}; if it is not finite, the weights stay as they are.
+    "finite"} and, if float16 has overflowed, the lower "loss_scale"; if it is not finite, the weights stay as they are.
     """
     start, where = time.perf_counter(), model.lm_head.weight.device
     lr, sequences = get_lr(run.step, end_of(run)), total_batch_size // T
@@ -333,7 +333,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
         rows = parallel.to_device(rows, where)  # (B, T + 1)
         train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1  # which DDP looks at
         with pick_autocast(dtype, str(where), cache=False):
-            loss = train_model(rows[:, :-1], rows[:, 1:])
+            loss = train_model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         total += loss.detach()
         scaler.scale(loss / grad_accum_steps).backward()
     for opt in optimizers:
@@ -350,9 +350,11 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
         if finite:
             parallel.step_optimizer(opt, scaler)
         opt.zero_grad(set_to_none=True)
+    scale = scaler.get_scale()
     scaler.update()
-    seconds = time.perf_counter() - start
-    return {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds": seconds, "finite": finite}
+    result = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds": time.perf_counter() - start, "finite": finite}
+    overflow = math.isfinite(loss) and 1 <= scaler.get_scale() < scale
+    return result | ({"loss_scale": scaler.get_scale()} if overflow else {})
 
 
 def time_left(run, tasks, seconds, save_seconds):
@@ -384,7 +386,9 @@ def report(result, run, order, full_speed, left, log):
             f"step {step:5d} | loss {loss:.6f} | lr {result['lr']:.4e} | norm {result['grad_norm']:.4f} | "
             f"{1000 * seconds:.0f}ms | {speed:,.0f} tok/s{mfu}{eta}"
         )
-    if not finite:
+    if "loss_scale" in result:
+        print0(f"step {step:5d} | float16 overflow: no update, loss scale {result['loss_scale']:g} from now on")
+    elif not finite:
         result["skipped"] = list(order.exposure(read, seen))
         data = in_words(result["skipped"])
         print0(f"step {step:5d} | not finite: no update, {run.bad_steps} in a row; the data: {data}")
@@ -473,7 +477,8 @@ def main(given):
         if ending:
             break
         result = update(model, train_model, optimizers, scaler, order, run, rank, world_size)
-        run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
+        if "loss_scale" not in result:  # which says nothing of the data
+            run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
         if run.step != compiling:
             seconds["train"].append(result["seconds"])
         left = time_left(run, tasks, seconds, log.save_seconds) if seconds["train"] else None

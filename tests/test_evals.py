@@ -571,6 +571,35 @@ def test_evals_inside_the_run_equal_the_scripts(run, shards, tmp_path, at_step, 
     assert records["ewok"]["by_Domain"].keys() == {"social", "spatial", "material"}
 
 
+def test_processes_share_the_evals_inside_the_run(run, spawn, shards, tmp_path):
+    (tmp_path / "hellaswag").mkdir()
+    write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", hellaswag_items(40))
+    write_zip(tmp_path / "ewok_fast_jsonl.zip", members()[1])
+    args = [*TRAIN, "--hellaswag_every=4", "--ewok_every=4", "--hellaswag_limit=31", "--dtype=float32"]
+    args += ["--optimizer=adamw", "--ewok_items=True"]
+    run("train_gpt2.py", *args)
+    result = spawn("train_gpt2.py", *args, "--log_dir=two", nproc=2)
+    assert result.returncode == 0, result.stderr
+    for kind in ("hella", "ewok"):
+        scores = read_log(tmp_path / "log", kind)
+        assert list(scores) == [0, 4] and read_log(tmp_path / "two", kind) == pytest.approx(scores, abs=0.04)
+        assert read_log(tmp_path / "two", kind)[0] == scores[0]
+    assert len(read_jsonl(tmp_path / "two" / "ewok_items.jsonl")) == 96
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_graphs_in_the_life_of_a_run(spawn, shards, tmp_path, monkeypatch, fsdp):
+    """Compiled, with several processes: training's and validation's; evals and samples add none and break none."""
+    monkeypatch.setenv("TORCH_LOGS", "recompiles,graph_breaks")
+    (tmp_path / "hellaswag").mkdir()
+    write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", hellaswag_items(12))
+    args = [*TRAIN, "--hellaswag_every=2", "--eval_every=2", "--sample_every=2", "--sample_tokens=9", "--ewok_every=0"]
+    result = spawn("train_gpt2.py", *args, "--compile=True", f"--fsdp={fsdp}", nproc=2)
+    assert result.returncode == 0, result.stderr
+    assert "Graph break" not in result.stderr and result.stderr.count("Recompiling") <= 2  # of each process, once
+    assert len(read_log(tmp_path / "log", "hella")) == 3
+
+
 def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc):
     """Appended at each evaluation, rewound when the run goes on; the script keeps its own elsewhere."""
     items, files = members()

@@ -269,6 +269,19 @@ def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
 
 
+def test_the_loss_in_float16_sums_many_rows():
+    """4,096 rows of one target: their gradients add up to more than float16 holds."""
+    torch.manual_seed(0)
+    x, weight = torch.full((4096, 8), 40.0) + torch.randn(4096, 8), torch.randn(64, 8) * 0.02
+    targets, gradients = torch.full((4096,), 3), []
+    for dtype in (torch.float32, torch.float16):
+        w = weight.clone().requires_grad_()
+        loss, _ = code.LinearCrossEntropy.apply(x.to(dtype).requires_grad_(), w, targets, 60, True)
+        gradients.append(torch.autograd.grad(loss, w)[0])
+    assert gradients[0].abs().max() * 4096 > 65504
+    torch.testing.assert_close(*gradients, atol=0.05, rtol=0.01)
+
+
 # -- Hugging Face folders and checkpoints ------------------------------------------
 
 

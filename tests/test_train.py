@@ -416,6 +416,29 @@ def test_too_many_bad_steps_end_the_run(run, shards, tmp_path, poison, dtype):
     assert all(value.isfinite().all() for value in weights(tmp_path / "log").values())
 
 
+def test_an_overflow_of_float16_is_not_bad_data(run, shards, tmp_path, monkeypatch):
+    """A GradScaler that begins too high is lowered until it fits: those steps do not count."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**22, **k))
+    out = run("train_gpt2.py", *SMALL, "--dtype=float16", "--max_bad_steps=1")
+    scales = [float(scale) for scale in re.findall(r"float16 overflow: no update, loss scale ([\d.e+]+) from now", out)]
+    assert scales and scales == pytest.approx([2.0**21 / 2**i for i in range(len(scales))], rel=1e-4)
+    assert "not finite" not in out
+    records = [r for r in read_jsonl(tmp_path / "log" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["loss_scale"] for r in records if "loss_scale" in r] == pytest.approx(scales, rel=1e-4) and len(
+        records
+    ) == 8
+
+
+def test_no_compiler(spawn, shards, tmp_path, monkeypatch):
+    for key in ("CC", "CXX"):
+        monkeypatch.setenv(key, "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    result = spawn("train_gpt2.py", *SMALL, "--compile=True", "--eval_every=0")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].endswith("g++ and python3-dev, or --compile=False")
+    assert "Traceback" not in result.stderr
+
+
 def test_broken_weights_are_never_saved(run, shards, tmp_path):
     with pytest.raises(SystemExit, match=r"step \d: the weights are no longer finite; nothing saved, there is no ch"):
         run("train_gpt2.py", *SMALL, "--max_lr=1e38", "--save_every=1", "--max_bad_steps=100")
