@@ -54,7 +54,7 @@ def load_items(limit=0):
     """The items, a list of dicts, from the first source there is; exits with one line if there is none."""
     places = (os.environ.get("EWOK_SRC"), "ewok_fast_jsonl.zip", "ewok_fast")
     source = next((place for place in places if place and os.path.exists(place)), None)
-    if os.environ.get("EWOK_SRC") not in (None, source):
+    if os.environ.get("EWOK_SRC") not in (None, "", source):
         sys.exit(f"EWOK_SRC={os.environ['EWOK_SRC']}: no such file or folder")
     if source is None:
         found = load_from_hub()
@@ -207,7 +207,7 @@ def items_path():
     folder = os.path.dirname(ckpt) if ckpt.endswith(".pt") else log_dir
     os.makedirs(folder or ".", exist_ok=True)
     path = os.path.join(folder, "ewok_items.jsonl")
-    if os.path.exists(path) and '"step"' in open(path).readline():
+    if os.path.exists(path) and any('"step"' in line for line in open(path)):
         name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
         path = os.path.join(folder, f"ewok_items_{name}.jsonl")
     return path

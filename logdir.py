@@ -16,7 +16,6 @@ import glob
 import importlib.util
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -96,16 +95,15 @@ def resumed_settings(saved, given, file_settings, fixed):
     given is what the command line says, file_settings(preset) what the trainer's file says now; fixed are the names of
     those that a run cannot change.
     """
-    settings = saved["settings"]
-    if given.get("preset", "auto") not in ("auto", settings["preset"]):
-        sys.exit(f"--preset={given['preset']}: the run to resume has {settings['preset']}; leave it out")
+    was = saved["settings"]
+    now = file_settings(was["preset"])
     for key in fixed:
-        if given.get(key, settings[key]) != settings[key]:
-            sys.exit(f"--{key}={given[key]}: the run to resume has {settings[key]}; leave it out")
-    for key, value in file_settings(settings["preset"]).items():
-        if key not in given and value not in (saved["defaults"].get(key, value), settings.get(key, value)):
-            sys.exit(f"train_gpt2.py has {key}={value} now, the run {settings[key]}: choose with --{key}=")
-    return kept(settings)
+        if given.get(key, was.get(key, now[key])) != was.get(key, now[key]):
+            sys.exit(f"--{key}={given[key]}: the run to resume has {was.get(key, now[key])}; leave it out")
+    for key, value in now.items():
+        if key not in given and value not in (saved["defaults"].get(key, value), was.get(key, value)):
+            sys.exit(f"train_gpt2.py has {key}={value} now, the run {was[key]}: choose with --{key}=")
+    return kept(now | was)
 
 
 def changes(saved, given):
@@ -290,8 +288,8 @@ class LogDir:
 
     def note(self, step, kind, **more):
         """A line of the .jsonl file of its kind. JSON has no nan and no infinity: they become null."""
-        odd = [key for key, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
-        line = json.dumps({"step": step, "kind": kind, **more, **dict.fromkeys(odd)})
+        more = json.loads(json.dumps(more), parse_constant=lambda name: None)
+        line = json.dumps({"step": step, "kind": kind, **more})
         file = f"{kind}s" if kind.endswith("_item") else kind if kind == "exposure" else "metrics"
         if self.writes:
             self._append(f"{file}.jsonl", line)

@@ -126,12 +126,14 @@ ARCHITECTURE = [f.name for f in dataclasses.fields(GPTConfig) if f.name in globa
 
 def default_settings(given):
     """The settings below the command line's: those of the run to resume, or of the preset."""
+    if given.get("preset") == "auto":
+        del given["preset"]
     name = given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
     saved = logdir.load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
     if saved:
-        return logdir.resumed_settings(saved, given, file_settings, fixed=[*ARCHITECTURE, "optimizer"])
+        return logdir.resumed_settings(saved, given, file_settings, fixed=["preset", *ARCHITECTURE, "optimizer"])
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"

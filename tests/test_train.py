@@ -570,8 +570,15 @@ def test_a_run_of_an_older_version(run, shards, tmp_path, at_step):
     for settings in (saved["settings"], saved["defaults"]):
         del settings["print_every"], settings["patience"]
     torch.save(saved, path)
-    run("train_gpt2.py", "--resume", "--log_dir=older")
+    out = run("train_gpt2.py", "--resume", "--log_dir=older")
+    assert re.findall(r"step +(\d+) \| loss", out) == ["7"], "every 25 steps and the last: the preset's, not the file's"
     assert (tmp_path / "older" / "log.txt").read_text() == (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_preset_auto_is_what_it_says(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL[1:], "--preset=auto", "--optimizer=adamw", "--sample_every=0", "--eval_every=0",
+        "--hellaswag_every=0", "--ewok_every=0")  # fmt: skip
+    assert load_checkpoint(str(tmp_path / "log" / "model_00008.pt"))["settings"]["preset"] == "gpt2"
 
 
 def test_any_setting_is_kept(run, shards, tmp_path, at_step):
