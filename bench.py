@@ -37,10 +37,9 @@ import hellaswag
 import sample
 from configurator import configure, current_settings
 from model import GPT, GPTConfig
-from order import TrainOrder
+from order import open_mixture, train_order
 from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 from scoring import score_completions
-from shards import Shards
 from tokenizer import load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
@@ -259,7 +258,7 @@ def open_order():
         shards = [{"file": name, "split": split} for split, name in names.items()]
         with open(f"{scratch}/meta.json", "w") as f:
             json.dump({"tokenizer": "bytes", "complete": True, "shards": shards}, f)
-    return TrainOrder(Shards(scratch), T, seed=1337)
+    return train_order(open_mixture(scratch), T, seed=1337)
 
 
 def load_a_step():

@@ -1,6 +1,6 @@
 """What a run measures as it goes: its validation loss, the evals, a sample, what it has read.
 
-Each of validate, score, write_sample and write_exposure prints a line and records what it found of a `run`
+Each of validate, score, write_sample and write_exposure prints and records what there is to say of a `run`
 (logdir.Run) in its `log` (logdir.LogDir); train_gpt2.py says when, and all ranks call them. An eval is a script like
 hellaswag.py with load_items(limit=); evaluate(model, enc, items, rank=, world_size=), a dict of plain values, on every
 rank the same, which may hold each item's under "items"; summary(dict), a line; and SCORE, its key for log.txt.

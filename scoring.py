@@ -1,7 +1,4 @@
-"""How likely are completions of a text? What hellaswag.py, ewok.py and other evals of this kind ask of a model.
-
-sums, counts = score_completions(model, [(context, completion), ...])
-"""
+"""How likely are completions of a text: what hellaswag.py, ewok.py and other evals of this kind ask of a model."""
 
 import numpy as np
 import torch
