@@ -6,8 +6,7 @@
 
 Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work, and takes turns
 with ours: a ratio is between medians of the same minutes, after two warm-ups. transformers and lm_eval take part if
-they are installed. What the machine can do is measured as well: FLOP/s of a large matrix product, bytes/s of a copy
-(read and written), tokens/s of tiktoken on one core.
+they are installed, and so does the FLOP/s of a large matrix product, in tokens.
 """
 
 import ast
@@ -37,13 +36,12 @@ import hellaswag
 import sample
 from configurator import configure, current_settings
 from model import GPT, GPTConfig
-from order import open_mixture, train_order
 from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 from scoring import score_completions
 from tokenizer import load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
-what = "train,sample,score,tokenize,load,start"  # which parts
+what = "train,sample,score,tokenize"  # which parts
 against = ""  # only contenders with one of these words in their names, such as transformers,limit; empty: all
 rounds = 5  # turns that each contender takes
 nanogpt = ""  # a clone of github.com/karpathy/nanoGPT, to run its model as well
@@ -129,11 +127,11 @@ def train_build_nanogpt():
 drain = partial(collections.deque, maxlen=0)  # exhausts an iterator
 
 
-def sample_ours(num_samples=1):
+def sample_ours():
     model = sample.ready(new_model().to(device), dtype, device)
     idx = torch.arange(16, device=device)[None]
-    how = {"num_samples": num_samples, "temperature": 0.8, "top_k": 200}
-    return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens * num_samples
+    how = {"temperature": 0.8, "top_k": 200}
+    return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens
 
 
 def sample_transformers(precision=None):
@@ -173,21 +171,18 @@ def score_ours():
     return repeat, items
 
 
-def score_one_at_a_time(rows=1, autocast=None):
-    """One batch of `rows` completions, padded to the longest, after the other, with all their logits."""
+def score_item_by_item():
+    """The four completions of an item, padded to the longest, with all their logits, then the next item."""
     model, pairs = new_model().to(device).eval(), score_pairs()
-    autocast = autocast or pick_autocast(dtype, device)
 
     @torch.no_grad()
     def repeat():
         sums = []
-        for i in range(0, len(pairs), rows):
-            texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + rows]]
+        for i in range(0, len(pairs), 4):
+            texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + 4]]
             idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
-            with autocast:
-                logits = model(idx)
-            losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), idx[:, 1:], reduction="none")
-            for row, (context, ending) in zip(losses, pairs[i : i + rows], strict=True):
+            losses = F.cross_entropy(model(idx)[:, :-1].transpose(1, 2), idx[:, 1:], reduction="none")
+            for row, (context, ending) in zip(losses, pairs[i : i + 4], strict=True):
                 sums.append(-row[len(context) - 1 : len(context) + len(ending) - 1].sum().item())
         return sums
 
@@ -249,50 +244,12 @@ def tokenize_pool():
     return write_texts(write)
 
 
-def open_order():
-    """The order of two shards of 100M tokens, one for validation; they are sparse files of zeros."""
-    names = {"val": "zeros_val_000000.npy", "train": "zeros_train_000001.npy"}
-    if not os.path.exists(f"{scratch}/meta.json"):
-        for name in names.values():
-            np.lib.format.open_memmap(f"{scratch}/{name}", "w+", np.uint16, (100_000_000,)).flush()
-        shards = [{"file": name, "split": split} for split, name in names.items()]
-        with open(f"{scratch}/meta.json", "w") as f:
-            json.dump({"tokenizer": "bytes", "complete": True, "shards": shards}, f)
-    return train_order(open_mixture(scratch), T, seed=1337)
-
-
-def load_a_step():
-    """The batches of a step of 0.5M tokens."""
-    order, sequences = open_order(), 524_288 // T
-    return lambda: drain(order.batches(0, sequences, B)), sequences * T
-
-
-def start_at(step):
-    """Opening the shards and reading the first batch of a run that begins at a step."""
-    return lambda: next(open_order().batches(step * 524_288 // T, B, B)), 1
-
-
 # -- what the machine can do, in the units of the contenders ------------------------------------------------
 def matmul():
     """Training tokens whose FLOPs a large matrix product does in the same time."""
     n = 8192 if device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=device).to(pick_dtype(dtype, device))
     return lambda: [a @ b for _ in range(20)], 20 * 2 * n**3 / new_model().flops_per_token(T)
-
-
-def copy():
-    """Sampled tokens for which a copy moves as many bytes as all weights have, but the positions'."""
-    a, b = torch.zeros(2, 1 << 28, device=device)
-    model = new_model()
-    weights = model.num_params() - sum(p.numel() for p in model.position_weights())
-    return lambda: b.copy_(a), 2 * a.nbytes / (weights * (4 if dtype == "float32" else 2))
-
-
-def tiktoken_on_all_cores():
-    """Tokens that tiktoken makes of the texts, already in memory, on one core, times the number of cores."""
-    enc, texts = load_tokenizer("gpt2"), list(fineweb.Documents(corpus()))
-    tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
-    return lambda: [enc.encode_to_numpy(text, disallowed_special=()) for text in texts], tokens * os.cpu_count()
 
 
 # -- other people's code ------------------------------------------------------------------------------------
@@ -338,23 +295,16 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": sample_ours,
         "transformers": sample_transformers,
         "transformers, float32": partial(sample_transformers, torch.float32),
-        "one sample of 8": partial(sample_ours, 8),
-        "limit: weights, copied": copy,
     }),
     "score": ("items", {
         "ours": score_ours,
-        "row by row": score_one_at_a_time,
-        "item by item": partial(score_one_at_a_time, 4),
-        "item by item, float32 (build-nanogpt)": partial(score_one_at_a_time, 4, contextlib.nullcontext()),
+        "item by item, float32 (build-nanogpt)": score_item_by_item,
         "lm_eval": score_lm_eval,
     }),
     "tokenize": ("tokens", {
         "ours": tokenize_ours,
         "pool.imap, half the cores": tokenize_pool,
-        "limit: tiktoken x cores": tiktoken_on_all_cores,
     }),
-    "load": ("tokens", {"ours": load_a_step, "training": train_ours}),
-    "start": ("starts", {"at step 1,000,000": partial(start_at, 1_000_000), "at step 0": partial(start_at, 0)}),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ rank the same, which may hold each item's under "items"; summary(dict), a line; 
 """
 
 import math
+import statistics
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from model import load_model
 from order import read_windows, val_windows
-from parallel import all_agree, is_rank_0, local_first, print0
+from parallel import all_agree, any_shape, is_rank_0, local_first, print0
 from sample import stream_text
 from tokenizer import token_byte_lengths
 
@@ -101,7 +102,7 @@ def load_eval_items(name, load):
 
 def score(script, kind, items, model, enc, autocast, ranks, with_items, run, log):
     """An eval, the module of its script, as `kind` in the logs; with_items: each item's numbers too."""
-    with autocast, torch.compiler.set_stance("force_eager"):  # FSDP's blocks: each batch has a shape of its own
+    with autocast, any_shape():
         result = script.evaluate(model, enc, items, **ranks)
     print0(f"step {run.step:5d} | {script.summary(result)}")
     numbers = result.pop("items", [])
@@ -111,10 +112,24 @@ def score(script, kind, items, model, enc, autocast, ranks, with_items, run, log
     return result
 
 
+def time_left(step, last, every, seconds):
+    """Seconds from the update of `step` to the end at `last`; None while no update has been timed.
+
+    seconds: {"train" or what is done once in a while: how long it took each time lately}; every: {the latter: steps}.
+    """
+
+    def times(n):
+        return last // n - step // n + (last % n > 0) if n else 0
+
+    left = {kind: times(n) for kind, n in every.items()} | {"train": last - step - 1}
+    if seconds.get("train"):
+        return sum(left[kind] * statistics.median_low(took) for kind, took in seconds.items())
+
+
 def write_sample(model, enc, prompt, max_new_tokens, seed, autocast, run, log):
     if is_rank_0():
         how = {"top_k": 50, "generator": torch.Generator(model.lm_head.weight.device).manual_seed(seed)}
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with autocast, any_shape():
             pieces = stream_text(model, enc, prompt, max_new_tokens, **how)
             text = prompt + "".join(piece for (piece,) in pieces)
         log.note(run.step, "sample", text=text)

@@ -73,10 +73,8 @@ def to_hugging_face(enc):
     special = sorted(enc._special_tokens, key=enc._special_tokens.get)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     if tokenizer.encode(PROBE).ids != enc.encode(PROBE, allowed_special={EOT}):
-        sys.exit(
-            f"the tokenizer {enc.name} cannot be exported: its pattern means something else to Hugging Face's "
-            "tokenizers; the patterns of python train_tokenizer.py do not"
-        )
+        why = "its pattern means something else to Hugging Face's tokenizers; those of train_tokenizer.py do not"
+        sys.exit(f"the tokenizer {enc.name} cannot be exported: {why}")
     return tokenizer
 
 
@@ -102,49 +100,29 @@ def llama(model):
     c = model.config
     gated = c.mlp == "swiglu"
     name = "Llama" if not c.qk_norm else "Qwen3" if gated else "Apertus"
-    config = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
-        "hidden_act": {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[c.mlp],
-        "hidden_size": c.n_embd,
-        "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_head,
-        "head_dim": c.n_embd // c.n_head,
-        "max_position_embeddings": c.block_size,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_theta": 10000.0,  # and rope_scaling: in transformers before 5
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    config = {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()}
+    config |= {"hidden_act": {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[c.mlp]}
+    config |= {"hidden_size": c.n_embd, "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features}
+    config |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_head}
+    config |= {"head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size, "rms_norm_eps": 1e-5}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    config |= {"rope_theta": 10000.0, "rope_scaling": None}  # in transformers before 5
+    config |= {"attention_bias": False, "mlp_bias": False}
+    norms = ("attention", "feedforward") if name == "Apertus" else ("input", "post_attention")
+    same = {"attn.c_proj": "self_attn.o_proj", "mlp.c_proj": "mlp.down_proj"}
+    same |= {"ln_1": f"{norms[0]}_layernorm", "ln_2": f"{norms[1]}_layernorm"}
+    same |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk" if c.qk_norm}
     weights = model.state_dict()
-    tensors = {
-        "model.embed_tokens.weight": weights["transformer.wte.weight"],
-        "model.norm.weight": weights["transformer.ln_f.weight"],
-    }
+    tensors = {"model.embed_tokens.weight": weights["transformer.wte.weight"]}
+    tensors["model.norm.weight"] = weights["transformer.ln_f.weight"]
     for i in range(c.n_layer):
         here, there = f"transformer.h.{i}.", f"model.layers.{i}."
-        q, k, v = weights[here + "attn.c_attn.weight"].chunk(3)
-        *gate, up = weights[here + "mlp.c_fc.weight"].chunk(2 if gated else 1)
-        norms = ("attention", "feedforward") if name == "Apertus" else ("input", "post_attention")
-        tensors |= {
-            there + "self_attn.q_proj.weight": q,
-            there + "self_attn.k_proj.weight": k,
-            there + "self_attn.v_proj.weight": v,
-            there + "self_attn.o_proj.weight": weights[here + "attn.c_proj.weight"],
-            there + "mlp.up_proj.weight": up,
-            there + "mlp.down_proj.weight": weights[here + "mlp.c_proj.weight"],
-            there + f"{norms[0]}_layernorm.weight": weights[here + "ln_1.weight"],
-            there + f"{norms[1]}_layernorm.weight": weights[here + "ln_2.weight"],
-        }
-        if gated:
-            tensors[there + "mlp.gate_proj.weight"] = gate[0]
-        if c.qk_norm:
-            tensors[there + "self_attn.q_norm.weight"] = weights[here + "attn.q_norm.weight"]
-            tensors[there + "self_attn.k_norm.weight"] = weights[here + "attn.k_norm.weight"]
+        tensors |= {f"{there}{new}.weight": weights[f"{here}{old}.weight"] for old, new in same.items()}
+        for x, tensor in zip("qkv", weights[here + "attn.c_attn.weight"].chunk(3), strict=True):
+            tensors[f"{there}self_attn.{x}_proj.weight"] = tensor
+        parts = ("gate", "up") if gated else ("up",)
+        for x, tensor in zip(parts, weights[here + "mlp.c_fc.weight"].chunk(len(parts)), strict=True):
+            tensors[f"{there}mlp.{x}_proj.weight"] = tensor
     return config, tensors
 
 
@@ -156,10 +134,8 @@ def to_architecture(model):
         return gpt2(model)
     if (c.pos, c.norm, c.bias) == ("rope", "rmsnorm", False) and (c.qk_norm or c.mlp == "swiglu"):
         return llama(model)
-    sys.exit(
-        f"no architecture of transformers has {', '.join(f'{key}={value}' for key, value in kind.items())}; "
-        "--format=pt and onnx take any"
-    )
+    parts = ", ".join(f"{key}={value}" for key, value in kind.items())
+    sys.exit(f"no architecture of transformers has {parts}; --format=pt and onnx take any")
 
 
 def write_folder(model, enc, folder, dtype):
@@ -169,12 +145,7 @@ def write_folder(model, enc, folder, dtype):
     config, weights = to_architecture(model)
     tokenizer = to_hugging_face(enc)
     ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
-    config |= {
-        "vocab_size": enc.n_vocab,
-        "tie_word_embeddings": True,
-        "dtype": str(dtype).removeprefix("torch."),
-        **ends,
-    }
+    config |= {"vocab_size": enc.n_vocab, "tie_word_embeddings": True, "dtype": str(dtype)[6:], **ends}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.block_size,
@@ -182,11 +153,9 @@ def write_folder(model, enc, folder, dtype):
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT),
     }
     weights.pop("lm_head.weight", None)  # tied to the embedding
-    tensors = {}
-    for name, tensor in weights.items():
-        if name.endswith((".wte.weight", ".embed_tokens.weight")):
-            tensor = tensor[: enc.n_vocab]
-        tensors[name] = tensor.to(dtype).contiguous()
+    for name in {"transformer.wte.weight", "model.embed_tokens.weight"} & weights.keys():
+        weights[name] = weights[name][: enc.n_vocab]
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     files = {
         "config.json": json.dumps(config, indent=2).encode(),
         "generation_config.json": json.dumps(ends, indent=2).encode(),

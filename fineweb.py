@@ -172,10 +172,8 @@ class Documents:
             for row in rows:
                 value = row.get(self.text_column, row.get("messages", row))
                 if value is row:
-                    columns = ", ".join(row)
-                    sys.exit(
-                        f"{self.dataset} has no column {self.text_column!r}: use --text_column= with one of {columns}"
-                    )
+                    hint = f"use --text_column= with one of {', '.join(row)}"
+                    sys.exit(f"{self.dataset} has no column {self.text_column!r}: {hint}")
                 text = as_text(value)
                 if not text:
                     continue

@@ -226,7 +226,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                     p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
                 else:  # compiled, one kernel with the softmax: a fifth of the bytes
                     p = (p.exp() - (torch.arange(len(weight), device=x.device) == target)).to(x.dtype)
-                dx[part] = (p @ w) * keep[part]
+                # Apple's M1 and M2 go wrong beyond 32,767 addends, https://github.com/pytorch/pytorch/issues/193487
+                width = 32_000 if x.device.type == "mps" else len(w)
+                products = [a @ b for a, b in zip(p.split(width, 1), w.split(width), strict=True)]
+                dx[part] = sum(products[1:], products[0]) * keep[part]
                 rows = x[part] * keep[part]
                 if x.dtype == torch.float16:  # whose range the sum over the rows can leave
                     dw += (p.t() @ (rows / 256)).float() * 256
@@ -304,6 +307,11 @@ class GPT(nn.Module):
             turn = rotation(positions, self.config.n_embd // self.config.n_head)
             if positions.dim() == 2:  # one angle for all heads
                 turn = [t[:, None] for t in turn]
+        kind = x.device.type
+        if torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and kind != "cpu":
+            # On GPUs training keeps the stream itself in bfloat16: an eighth less traffic. In 8 runs of 300 steps on
+            # CPUs that moved the loss by 0.005 +- 0.003 (GPT-2's parts) and -0.002 +- 0.002; two seeds differ by 0.01.
+            x = x.to(torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else x.dtype)
         for i, block in enumerate(self.transformer.h):
             args = (x, None if cache is None else cache[i], pos, mask, turn)
             x = recompute(block, *args, everything=self.activation_checkpointing)

@@ -226,6 +226,20 @@ def train_order(mixture, T, seed):
     return Mixture([TrainOrder(shards, T, seed) for shards in mixture], list(mixture.values()))
 
 
+def micro_batch(B, fixed, T, total_batch_size, world_size):
+    """The largest micro-batch up to B of which a step has a whole number; exits if that is not B and B is fixed."""
+    unit = B * T * world_size
+    if total_batch_size % unit == 0:
+        return B
+    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
+    if fits and not fixed:
+        print0(f"--B={fits[-1]}, which divides the {total_batch_size} tokens of a step evenly")
+        return fits[-1]
+    hint = f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
+    shape = f"B x T x processes = {B} x {T} x {world_size}"
+    sys.exit(f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}")
+
+
 def wait_for(order, n, stop, minutes):
     """Return "" when sequence n is there for every process, "asked" or "silent" if it is not to be.
 

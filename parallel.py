@@ -4,9 +4,11 @@ With DDP each process has the whole model. With FSDP (https://arxiv.org/abs/2304
 of the weights, the gradients and the optimizer's state. Muon's work is shared by matrices.
 """
 
+import contextlib
 import ctypes
 import datetime
 import errno
+import glob
 import os
 import re
 import signal
@@ -16,12 +18,19 @@ import time
 import torch
 import torch.distributed as dist
 
-# Dense bfloat16 FLOP/s (float16 before Ampere) from NVIDIA's data sheets, for MFU, by a word of the name.
-PEAK_FLOPS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+# TFLOP/s for MFU, by words of the name, from the makers' data sheets and white papers: dense, in bfloat16 (float16
+# before Ampere) with float32 accumulation. V100s need a torch that is built for CUDA 12: CUDA 13's starts at Turing.
+PEAK_TFLOPS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "V100": 125,
+    "T4": 65, "RTX 6000 Ada": 364, "RTX A6000": 154.8, "RTX A5000": 111.1, "RTX A4000": 76.7,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
+    "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2,
+    "RTX 4070 SUPER": 71, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80, "RTX 3090": 71.2, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6,
+    "RTX 3060 Ti": 32.4, "RTX 3060": 25.5, "MI325X": 1307.4, "MI300X": 1307.4, "MI250X": 383, "MI210": 181,
 }  # fmt: skip
+NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver shows of them
 
 
 def pick_device(device):
@@ -29,12 +38,24 @@ def pick_device(device):
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
+        if glob.glob(NVIDIA_CARDS) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            print0(f"warning: this runs on the CPU, though there is an NVIDIA card: {why_no_cuda()}")
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device={device}: not on this machine ({str(e).splitlines()[0]}); use --device=auto")
     return device
+
+
+def why_no_cuda():
+    """What torch says against the cards of this machine, and what to do."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        said = str(e).partition("\n")[0].partition(". ")[0]
+        return f"{said}; update its driver, or install a torch that is built for it (torch {torch.__version__} is here)"
+    return "torch finds none of its devices; see nvidia-smi"
 
 
 def keep_freed_memory():
@@ -84,11 +105,23 @@ def pick_compile(choice, device):
     return choices[choice.lower()]
 
 
+@contextlib.contextmanager
+def any_shape():
+    """For work whose shapes keep changing: without torch.compile and cuDNN's attention, which plan anew for each."""
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
+
+
 def peak_flops(device, dtype):
     """(name, FLOP/s) of a device, the FLOP/s None where a data sheet's number does not apply."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device.split(":")[0]
-    peaks = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
-    return name, peaks[0] if peaks and dtype != torch.float32 else None
+    known = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name) and "Laptop" not in name]
+    return name, PEAK_TFLOPS[max(known, key=len)] * 1e12 if known and dtype != torch.float32 else None
 
 
 # -- processes ----------------------------------------------------------------------
@@ -167,14 +200,36 @@ def end_processes():
         os._exit(0)
 
 
+def out_of_memory(e):
+    return isinstance(e, RuntimeError) and bool(re.search("out of memory|can't allocate|not enough memory", str(e)))
+
+
+def fits_memory(work, model):
+    """Whether work(), which makes gradients of model, finds the memory it needs on every rank. All ranks call it."""
+    try:
+        work()
+        fits = True
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        fits = False
+    model.zero_grad(set_to_none=True)
+    if not all_agree(fits):
+        torch.compiler.reset()  # what was compiled for this shape: another would be compiled for any
+        return False
+    return True
+
+
 def explain(e, B, folder):
     """The line for an error that is no fault of the code, None for others. folder: where the script writes."""
     first = str(e).partition("\n")[0]
-    if isinstance(e, RuntimeError) and re.search("out of memory|can't allocate|not enough memory", str(e)):
+    if out_of_memory(e):
         hint = f"try --B={B // 2}" if B > 1 else "it needs a smaller model or --T"
         return f"out of memory with --B={B}: {hint}; total_batch_size, and so the result, stays the same"
     if re.search(r"Failed to find C compiler|No working C\+\+ compiler|Python\.h: No such file", str(e)):
         return "torch.compile found no C++ compiler or Python headers: install g++ and python3-dev, or --compile=False"
+    if "no kernel image" in first:
+        return f"torch {torch.__version__} is not built for this GPU: install one that is (for a V100, CUDA 12's)"
     if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
         return f"process {os.environ.get('RANK')} lost the others: {first}"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):

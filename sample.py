@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from configurator import configure
 from model import load_model
-from parallel import pick_device, pick_dtype
+from parallel import any_shape, pick_device, pick_dtype
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -109,6 +109,7 @@ def main():
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = torch.Generator(where).manual_seed(seed)
 
+    @any_shape()
     @torch.inference_mode()
     def sample(start):
         print(start, end="", flush=True)

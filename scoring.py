@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from parallel import any_shape
+
 
 def rows_to_score(pairs, block_size):
     """[(context, {completion: [numbers of its pairs]})] of pairs, all as tuples, the longest first.
@@ -53,6 +55,7 @@ def batch_to_score(rows):
     return inputs, np.array([places, targets]), np.array([pairs, counted])
 
 
+@any_shape()
 @torch.no_grad()
 def score_completions(model, pairs, batch_tokens=0):
     """Log-probabilities of completions, given their contexts.
@@ -63,8 +66,7 @@ def score_completions(model, pairs, batch_tokens=0):
 
     Completions of one context share a row, so that the context is read once: each follows it at the same positions, and
     a mask keeps them from seeing each other. Rows of similar length make a batch of up to batch_tokens tokens; 0 is
-    16,384, or 1,024 on a CPU, where large batches are slower (124M, bfloat16, 2 cores: 2.8 times with 16,384). They run
-    eagerly, since each has a shape of its own.
+    16,384, or 1,024 on a CPU, where large batches are slower (124M, bfloat16, 2 cores: 2.8 times with 16,384).
     """
     device = model.lm_head.weight.device
     batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16384)

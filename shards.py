@@ -269,10 +269,8 @@ class Shards:
     def check_tokenizer(self, name, enc):
         """Exit if the tokenizer enc of `name` is not that of these shards."""
         if tokenizer_state(enc) != tokenizer_state(self.enc):
-            here = f"{self.data_dir} has {self.enc.name} ({self.enc.n_vocab})"
-            sys.exit(
-                f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {here}: make shards with the model's own"
-            )
+            there, here = (f"{e.name} ({e.n_vocab} tokens)" for e in (enc, self.enc))
+            sys.exit(f"{name} has the tokenizer {there}, {self.data_dir} has {here}: make shards with the model's own")
 
     def refresh(self):
         """Read the folder again; returns the dict of meta.json."""
@@ -299,8 +297,6 @@ class Shards:
         """`count` tokens of a shard from `start` on, int64. Exits if one is outside the vocabulary."""
         tokens = self._open(path)[start : start + count].astype(np.int64)
         if tokens.max(initial=0) >= self.enc.n_vocab:
-            sys.exit(
-                f"{path}: token {tokens.max()} at {start + tokens.argmax()} is outside the vocabulary of "
-                f"{self.enc.name} ({self.enc.n_vocab} tokens); the shard is corrupt or another tokenizer's"
-            )
+            where = f"token {tokens.max()} at {start + tokens.argmax()} is outside the vocabulary of {self.enc.name}"
+            sys.exit(f"{path}: {where} ({self.enc.n_vocab} tokens); the shard is corrupt or another tokenizer's")
         return tokens

@@ -34,10 +34,8 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # no network, or a file that fails tiktoken's hash
-            sys.exit(
-                f"cannot get GPT-2's vocabulary ({type(e).__name__}): go online once, set "
-                "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
-            )
+            hint = "go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
+            sys.exit(f"cannot get GPT-2's vocabulary ({type(e).__name__}): {hint}")
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # No merges, so where a text is split does not matter; short pieces are fastest.
@@ -57,10 +55,9 @@ def load_tokenizer(name):
             special_tokens=state["special_tokens"],
         )
     except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(
-            f"{name if isinstance(name, str) else 'the tokenizer in this checkpoint'}: not a tokenizer "
-            f"({type(e).__name__}: {e}); use gpt2, bytes or the path of a tokenizer.json"
-        )
+        where = name if isinstance(name, str) else "the tokenizer in this checkpoint"
+        why = f"{type(e).__name__}: {e}"
+        sys.exit(f"{where}: not a tokenizer ({why}); use gpt2, bytes or the path of a tokenizer.json")
 
 
 def copy_encoding(enc):

@@ -18,7 +18,6 @@ import collections
 import dataclasses
 import datetime
 import math
-import statistics
 import sys
 import time
 from functools import partial
@@ -35,7 +34,7 @@ import parallel
 from configurator import configure, current_settings, read_settings
 from fineweb import make_demo_shards
 from model import GPT, GPTConfig, load_model
-from order import in_words, open_mixture, train_order, wait_for
+from order import in_words, micro_batch, open_mixture, train_order, wait_for
 from parallel import pick_autocast, pick_compile, pick_dtype, print0
 from shards import has_shards
 
@@ -194,18 +193,9 @@ def check_settings():
         sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
 
 
-def fit_micro_batch(world_size, given):
-    """Lower B, unless the command line gives it, until it divides the batch; exits if none does."""
-    unit = B * T * world_size
-    if total_batch_size % unit == 0:
-        return
-    fits = [b for b in range(1, B + 1) if total_batch_size % (b * T * world_size) == 0]
-    if fits and "B" not in given:
-        globals()["B"] = fits[-1]
-        return print0(f"--B={fits[-1]}, which divides the {total_batch_size} tokens of a step evenly")
-    hint = f"--B={fits[-1]}" if fits else f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
-    shape = f"B x T x processes = {B} x {T} x {world_size}"
-    sys.exit(f"--total_batch_size={total_batch_size} is not a multiple of {shape} = {unit}; try {hint}")
+def fit_micro_batch(given, world_size):
+    """Lower B, unless it is given, until a step is a number of whole micro-batches; exits if it cannot be."""
+    globals()["B"] = micro_batch(B, given, T, total_batch_size, world_size)
 
 
 def open_model(shards, saved, precision, where):
@@ -229,6 +219,28 @@ def open_model(shards, saved, precision, where):
         model.compile()
     model.activation_checkpointing = activation_checkpointing
     return model.to(where).train()
+
+
+def fit_memory(model, train_model, room, world_size, where):
+    """Halve B until a micro-batch fits the memory of every process, beside `room` floats a parameter.
+
+    It is tried eagerly first, which tells in a second what a compiled model needs a minute for.
+    """
+
+    def micro_step():
+        kept = [torch.empty_like(p) for p in model.parameters() for _ in range(room)]
+        rows = torch.zeros(B, T, dtype=torch.long, device=where)
+        with pick_autocast(dtype, where, cache=False):
+            train_model(rows, rows).backward()
+        del kept  # until here
+
+    train_model.require_backward_grad_sync = False  # DDP's processes need not all get so far
+    for stance in ("force_eager", "default"):
+        with torch.compiler.set_stance(stance):
+            while B > 1 and not parallel.fits_memory(micro_step, model):
+                print0(f"out of memory with --B={B}: it is halved, and the result stays the same")
+                globals()["B"] //= 2
+                fit_micro_batch(False, world_size)
 
 
 def describe(model, order, precision, where, world_size):
@@ -268,10 +280,8 @@ def evaluations(model, mixture, order, autocast, ranks):
         if items:
             task = partial(evals.score, script, kind, items, model, enc, autocast, ranks, with_items)
             tasks[kind] = every, task
-    tasks["sample"] = (
-        sample_every,
-        partial(evals.write_sample, model, enc, sample_prompt, sample_tokens, seed, autocast),
-    )
+    sample = partial(evals.write_sample, model, enc, sample_prompt, sample_tokens, seed, autocast)
+    tasks["sample"] = sample_every, sample
     tasks["exposure"] = exposure_every, partial(evals.write_exposure, order)
     tasks["plot"] = plot_every, lambda run, log: log.draw()
     return tasks
@@ -359,19 +369,6 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     return result | ({"loss_scale": scaler.get_scale()} if overflow else {})
 
 
-def time_left(run, tasks, seconds, save_seconds):
-    """Seconds from this step's update to the end: what is still due, each as long as it took lately."""
-    last = end_of(run)
-
-    def times(every):
-        return last // every - run.step // every + (last % every > 0) if every else 0
-
-    left = times(save_every) * save_seconds + (last - run.step - 1) * statistics.median_low(seconds["train"])
-    return left + sum(
-        times(tasks[kind][0]) * statistics.median_low(seconds[kind]) for kind in tasks.keys() & seconds.keys()
-    )
-
-
 def report(result, run, order, full_speed, left, log):
     """Print and record a step, whose update returned `result`; ends the run after too many that were not finite."""
     step, loss, seconds, finite = run.step, result["loss"], result["seconds"], result.pop("finite")
@@ -396,10 +393,8 @@ def report(result, run, order, full_speed, left, log):
         print0(f"step {step:5d} | not finite: no update, {run.bad_steps} in a row; the data: {data}")
     log.record(step, "train", loss, **result)
     if run.bad_steps >= max_bad_steps:
-        sys.exit(
-            f"step {step}: {run.bad_steps} steps in a row were not finite, the last on {data}; "
-            f"{logdir.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
-        )
+        hint = f"{logdir.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
+        sys.exit(f"step {step}: {run.bad_steps} steps in a row were not finite, the last on {data}; {hint}")
 
 
 # -- the run ------------------------------------------------------------------------
@@ -430,7 +425,7 @@ def main(given):
     mixture = open_mixture(data_dir)
     if eval_only:
         return evals.print_validation(ckpt, log_dir, where, mixture, B, T, val_tokens, autocast, ranks)
-    fit_micro_batch(world_size, given)
+    fit_micro_batch("B" in given, world_size)
     order = train_order(mixture, T, seed)
 
     # The run, the model, and what trains it: as resume.pt has them, or fresh
@@ -446,6 +441,8 @@ def main(given):
     if world_size > 1 and not fsdp:
         where_to = [where] if where.startswith("cuda") else None
         train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
+    if "B" not in given and where != "cpu":
+        fit_memory(model, train_model, 0 if saved else 2, world_size, where)
     full_speed = describe(model, order, precision, where, world_size)
 
     # What is done besides training, and where it is written down
@@ -483,7 +480,8 @@ def main(given):
             run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
         if run.step != compiling:
             seconds["train"].append(result["seconds"])
-        left = time_left(run, tasks, seconds, log.save_seconds) if seconds["train"] else None
+        every = {kind: n for kind, (n, _) in tasks.items()} | {"save": save_every}
+        left = evals.time_left(run.step, end_of(run), every, seconds | {"save": [log.save_seconds]})
         report(result, run, order, full_speed, left, log)
         run.step, run.tokens = run.step + 1, run.tokens + total_batch_size
         ending = "asked" if stop.anywhere() else ""

@@ -85,11 +85,8 @@ def download_openai(name):
                 break
             except (OSError, ValueError) as e:
                 if not cached:
-                    sys.exit(
-                        f"cannot get {file} of openai-community/{name}: it is not in {constants.HF_HUB_CACHE}, "
-                        f"and the hub cannot be reached ({type(e).__name__}): go online once, or name a folder "
-                        "that holds it"
-                    )
+                    why = f"not in {constants.HF_HUB_CACHE}, and the hub cannot be reached ({type(e).__name__})"
+                    sys.exit(f"cannot get {file} of openai-community/{name}: {why}: go online once, or name a folder")
     return os.path.dirname(path)
 
 

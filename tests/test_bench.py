@@ -33,15 +33,6 @@ def test_the_table(spawn):
     ]
 
 
-def test_loading_and_starting(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "scratch", str(tmp_path))
-    repeat, tokens = bench.load_a_step()
-    repeat()
-    assert tokens == 524_288
-    for step in (0, 1_000_000):
-        assert bench.start_at(step)[0]().shape == (2, 17)
-
-
 def test_unknown_part(run):
     with pytest.raises(SystemExit, match=r"--what=trane: choose among train,sample"):
         run("bench.py", "--what=trane")
@@ -56,8 +47,7 @@ def test_transformers_has_our_weights(tiny):
 def test_every_way_to_score_gives_the_same(tiny):
     ours = bench.score_ours()[0]()
     assert len(ours) == 12
-    for rows in (1, 4):
-        assert bench.score_one_at_a_time(rows)[0]() == pytest.approx(ours, abs=1e-3)
+    assert bench.score_item_by_item()[0]() == pytest.approx(ours, abs=1e-3)
 
 
 def test_other_peoples_scripts_are_not_run(tmp_path):

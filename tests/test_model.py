@@ -378,8 +378,8 @@ def test_openai_names(hub_cache, run, gpt2, tmp_path):
     with pytest.raises(SystemExit) as e:
         load_model("gpt2")
     assert re.match(
-        rf"cannot get config\.json of openai-community/gpt2: it is not in {tmp_path}/hub, and the hub cannot "
-        r"be reached \(\w+\): go online once, or name a folder that holds it",
+        rf"cannot get config\.json of openai-community/gpt2: not in {tmp_path}/hub, and the hub cannot "
+        r"be reached \(\w+\): go online once, or name a folder",
         e.value.code,
     )
     (hub_cache / "model.safetensors").unlink()

@@ -19,7 +19,6 @@ from PIL import Image
 
 import evals
 import fineweb
-import logdir
 import order as order_module
 import parallel
 from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
@@ -157,16 +156,12 @@ def test_lines_on_the_terminal(run, shards, tmp_path):
     assert "| loss" not in out and "| val loss" in out
 
 
-def test_time_left(monkeypatch):
+def test_time_left():
     """Behind the update of step 9 of 25: 15 updates, validations at 10, 20 and 25, checkpoints at 20 and 25."""
-    import train_gpt2
-
-    monkeypatch.setattr(train_gpt2, "max_steps", 25)
-    monkeypatch.setattr(train_gpt2, "save_every", 20)
-    run = logdir.Run({}, {}, [], "", step=9, tokens=0)
-    tasks = {"val": (10, None), "hella": (0, None)}
-    seconds = {"train": [90.0, 1.0, 1.0], "val": [4.0]}  # the first one was slow to start
-    assert train_gpt2.time_left(run, tasks, seconds, 7.0) == 15 * 1 + 3 * 4 + 2 * 7
+    every = {"val": 10, "hella": 0, "save": 20}
+    seconds = {"train": [90.0, 1.0, 1.0], "val": [4.0], "save": [7.0]}  # the first one was slow to start
+    assert evals.time_left(9, 25, every, seconds) == 15 * 1 + 3 * 4 + 2 * 7
+    assert evals.time_left(9, 25, every, {"train": []} | {"save": [7.0]}) is None
 
 
 def test_the_run_draws_itself(run, shards, tmp_path, monkeypatch):
@@ -430,6 +425,90 @@ def test_an_overflow_of_float16_is_not_bad_data(run, shards, tmp_path, monkeypat
     ) == 8
 
 
+@pytest.mark.parametrize("kind", ["plain", "compiled"])
+def test_out_of_memory_halves_B(monkeypatch, capsys, kind):
+    """What needs the memory of more than 3 sequences fails; where it is only the compiled model that does, too."""
+    import train_gpt2
+
+    tried = []
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, idx, targets):
+            eager = torch._dynamo.eval_frame._stance.stance == "force_eager"
+            tried.append((len(idx), "eager" if eager else "compiled"))
+            if len(idx) > 3 and (kind == "plain" or not eager):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return self.weight.sum()
+
+    for key, value in {"B": 16, "T": 8, "total_batch_size": 16 * 3 * 8 * 2, "dtype": "float32"}.items():
+        monkeypatch.setattr(train_gpt2, key, value)
+    model = Small()
+    train_gpt2.fit_memory(model, model, 2, 2, "cpu")
+    expected = {"plain": [(16, "eager"), (8, "eager"), (4, "eager"), (2, "eager"), (2, "compiled")]}
+    expected["compiled"] = [(16, "eager"), (16, "compiled"), (8, "compiled"), (4, "compiled"), (2, "compiled")]
+    assert tried == expected[kind] and train_gpt2.B == 2 and model.weight.grad is None
+    assert capsys.readouterr().out.startswith("out of memory with --B=16: it is halved, and the result stays")
+
+    def broken(idx, targets):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(train_gpt2, "B", 16)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train_gpt2.fit_memory(model, broken, 2, 1, "cpu")
+
+
+def test_a_process_alone_without_memory_halves_B_for_all(tmp_path):
+    """As fit_memory asks: every process is told whether all have had enough."""
+    (tmp_path / "two.py").write_text(
+        "import os, torch, parallel\nrank, _, _ = parallel.start_processes('cpu')\n"
+        "model = torch.nn.Linear(1, 1)\n"
+        "def work(fails):\n    if fails: raise RuntimeError('MPS backend out of memory')\n"
+        "def loop():\n    a = parallel.fits_memory(lambda: work(rank == 1), model)\n"
+        "    b = parallel.fits_memory(lambda: work(False), model)\n    os.write(1, f'{rank} {a} {b}\\n'.encode())\n"
+        "parallel.run_script(loop)\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env)
+    assert sorted(result.stdout.splitlines()) == ["0 False True", "1 False True"], result.stderr
+
+
+def test_a_card_that_torch_cannot_use_is_told_of(monkeypatch, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine's card can be used")
+    (tmp_path / "nvidia0").write_text("")
+    monkeypatch.setattr(parallel, "NVIDIA_CARDS", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert parallel.pick_device("auto") in ("cpu", "mps")
+    line = capsys.readouterr().out
+    assert re.match(r"warning: this runs on the CPU, though there is an NVIDIA card: .+; update its driver, or", line)
+    assert line.count("\n") == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    parallel.pick_device("auto")
+    (tmp_path / "nvidia0").unlink()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    parallel.pick_device("auto")
+    assert capsys.readouterr().out == ""
+
+
+def test_peak_flops(monkeypatch):
+    names = {
+        "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA L40S": 362,
+        "NVIDIA GeForce RTX 4070 Ti SUPER": 88.2, "NVIDIA GeForce RTX 4070 Ti": 80.2, "NVIDIA GeForce RTX 4070": 58.3,
+        "NVIDIA RTX A6000": 154.8, "NVIDIA RTX 6000 Ada Generation": 364, "AMD Instinct MI300X": 1307.4,
+        "Tesla T4": 65, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA A10G": None, "NVIDIA Z100": None,
+    }  # fmt: skip
+    for name, tflops in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = parallel.peak_flops("cuda", torch.bfloat16)
+        assert found == (name, tflops and tflops * 1e12), name
+        assert parallel.peak_flops("cuda", torch.float32) == (name, None)
+
+
 def test_no_compiler(spawn, shards, tmp_path, monkeypatch):
     for key in ("CC", "CXX"):
         monkeypatch.setenv(key, "/nonexistent")
@@ -675,7 +754,7 @@ def test_init_from(run, shards, tmp_path):
     mine = {"name": "mine", "pat_str": r"\S+|\s+", "special_tokens": {"<|endoftext|>": 256}}
     mine["tokens"] = json.loads(json.dumps([__import__("base64").b64encode(bytes([i])).decode() for i in range(256)]))
     write_shards(texts, load_tokenizer(mine), str(tmp_path / "mine"), "toy", dataset="toy")
-    with pytest.raises(SystemExit, match=r"has the tokenizer bytes \(257 tokens\), mine has mine \(257\)"):
+    with pytest.raises(SystemExit, match=r"has the tokenizer bytes \(257 tokens\), mine has mine \(257 tokens\)"):
         run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--data_dir=mine")
 
 
