@@ -11,8 +11,10 @@ they are installed, and so does the FLOP/s of a large matrix product, in tokens.
 
 import ast
 import collections
+from concurrent.futures import ProcessPoolExecutor
 import contextlib
 import functools
+from functools import partial
 import glob
 import json
 import multiprocessing
@@ -24,21 +26,20 @@ import sysconfig
 import tempfile
 import time
 import types
-from functools import partial
+
+from configurator import configure, current_settings
+import export
+import fineweb
+import hellaswag
+from model import GPT, GPTConfig
+from parallel import cores, keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
+import sample
+from scoring import score_completions
+from tokenizer import load_tokenizer
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-
-import export
-import fineweb
-import hellaswag
-import sample
-from configurator import configure, current_settings
-from model import GPT, GPTConfig
-from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
-from scoring import score_completions
-from tokenizer import load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
 what = "train,sample,score,tokenize"  # which parts
@@ -134,8 +135,8 @@ def sample_ours():
     return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens
 
 
-def sample_transformers(precision=None):
-    model = transformers_model(precision or pick_dtype(dtype, device)).eval()
+def sample_transformers():
+    model = transformers_model(pick_dtype(dtype, device)).eval()
     idx = torch.arange(16, device=model.device)[None]
     how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": VOCAB - 1, "eos_token_id": None}
 
@@ -172,7 +173,7 @@ def score_ours():
 
 
 def score_item_by_item():
-    """The four completions of an item, padded to the longest, with all their logits, then the next item."""
+    """The four completions of an item, padded, with all their logits in float32, then the next item."""
     model, pairs = new_model().to(device).eval(), score_pairs()
 
     @torch.no_grad()
@@ -235,7 +236,7 @@ def encode_for_pool(text):
 
 def tokenize_pool():
     """As build-nanogpt's fineweb.py: a pool of half the cores, texts and arrays pickled between processes."""
-    pool = multiprocessing.get_context("fork").Pool(max(1, os.cpu_count() // 2))
+    pool = multiprocessing.get_context("fork").Pool(max(1, cores() // 2))
 
     def write(texts, enc, folder):
         arrays = list(pool.imap(encode_for_pool, texts, chunksize=16))
@@ -291,111 +292,66 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "build-nanogpt": train_build_nanogpt,
         "limit: matrix product": matmul,
     }),
-    "sample": ("tokens", {
-        "ours": sample_ours,
-        "transformers": sample_transformers,
-        "transformers, float32": partial(sample_transformers, torch.float32),
-    }),
+    "sample": ("tokens", {"ours": sample_ours, "transformers": sample_transformers}),
     "score": ("items", {
-        "ours": score_ours,
-        "item by item, float32 (build-nanogpt)": score_item_by_item,
-        "lm_eval": score_lm_eval,
+        "ours": score_ours, "item by item (as build-nanogpt)": score_item_by_item, "lm_eval": score_lm_eval,
     }),
-    "tokenize": ("tokens", {
-        "ours": tokenize_ours,
-        "pool.imap, half the cores": tokenize_pool,
-    }),
+    "tokenize": ("tokens", {"ours": tokenize_ours, "pool.imap (build-nanogpt)": tokenize_pool}),
 }  # fmt: skip
 
 
-def work(pipe, settings, part, name):
-    """One contender's process: sends its units of work and, for each turn, seconds and peak memory (bytes)."""
+def prepare(settings, part, name):
+    """The start of a contender's process; returns the units of work of a turn."""
+    global repeat
     globals().update(settings)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
-    on_gpu = device.startswith("cuda")
-    try:
-        repeat, units = PARTS[part][1][name]()
-        pipe.send(units)
-        while pipe.recv():
-            start = time.perf_counter()
-            repeat()
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            pipe.send((seconds, torch.cuda.max_memory_allocated() if on_gpu else peak))
-    except (Exception, SystemExit) as e:
-        pipe.send(str(e) if isinstance(e, SystemExit) else f"{type(e).__name__}: {e}".partition("\n")[0])
+    repeat, units = PARTS[part][1][name]()
+    return units
 
 
-class Contender:
-    """A process that works once for each turn(). Raises RuntimeError, with its last words, if it cannot."""
-
-    def __init__(self, part, name):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = (theirs, current_settings(globals()), part, name)
-        self.process = context.Process(target=work, args=arguments)
-        self.process.start()
-        theirs.close()
-        self.units = self.answer()
-        self.times = []
-        self.turn()
-        self.turn()
-
-    def answer(self):
-        try:
-            found = self.pipe.recv()
-        except EOFError:
-            found = "killed"
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        return found
-
-    def turn(self):
-        self.pipe.send(True)
-        seconds, self.peak = self.answer()
-        self.times.append(seconds)
-
-    def rate(self):
-        return self.units / statistics.median(self.times)
-
-    def close(self):
-        self.pipe.send(False)
-        self.process.join()
+def turn():
+    """(seconds, peak memory in bytes so far) of a turn in a process that prepare() has prepared."""
+    start = time.perf_counter()
+    repeat()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if device.startswith("cuda"):
+        return seconds, torch.cuda.max_memory_allocated()
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def enter(part, name):
-    """The Contender; None, and a row that says why, if it cannot take part."""
+    """(process, units of work of its turns), warmed up; None, and a row that says why, if it cannot take part."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     try:
-        return Contender(part, name)
-    except RuntimeError as e:
-        print(f"| {part} | | {name} | left out: {e} | | |", flush=True)
+        units = process.submit(prepare, current_settings(globals()), part, name).result()
+        for _ in range(2):
+            process.submit(turn).result()
+        return process, units
+    except (Exception, SystemExit) as e:
+        why = str(e) if isinstance(e, SystemExit) else f"{type(e).__name__}: {e}".partition("\n")[0]
+        print(f"| {part} | | {name} | left out: {why} | | |", flush=True)
 
 
 def race(part):
     """Print how the first contender of a part compares with each of the others."""
-    unit, contenders = PARTS[part]
-    first, *others = contenders
+    unit, (first, *others) = PARTS[part]
     ours = enter(part, first)
     for name in others if ours else []:
-        if not any(word in name for word in against.split(",")):
-            continue
-        theirs = enter(part, name)
+        theirs = enter(part, name) if any(word in name for word in against.split(",")) else None
         if not theirs:
             continue
-        ours.times, theirs.times = [], []  # without the two turns that warmed them up
-        for _ in range(rounds):
-            ours.turn()
-            theirs.turn()
-        theirs.close()
-        rates = [f"{c.rate():,.{1 if c.rate() < 100 else 0}f} {unit}/s" for c in (ours, theirs)]
-        memory = f"{ours.peak / 1e9:.1f} / {theirs.peak / 1e9:.1f} GB = {ours.peak / theirs.peak:.2f}"
-        ratio = ours.rate() / theirs.rate()
-        print(f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |", flush=True)
-    if ours:
-        ours.close()
+        rounds_of_both = [[process.submit(turn).result() for process, _ in (ours, theirs)] for _ in range(rounds)]
+        theirs[0].shutdown()
+        rates, peaks = [], []
+        for turns, (_, units) in zip(zip(*rounds_of_both, strict=True), (ours, theirs), strict=True):
+            rates.append(units / statistics.median(seconds for seconds, _ in turns))
+            peaks.append(turns[-1][1])
+        cells = [f"{rate:,.{1 if rate < 100 else 0}f} {unit}/s" for rate in rates]
+        memory = f"{peaks[0] / 1e9:.1f} / {peaks[1] / 1e9:.1f} GB = {peaks[0] / peaks[1]:.2f}"
+        print(f"| {part} | {cells[0]} | {name} | {cells[1]} | **{rates[0] / rates[1]:.2f}** | {memory} |", flush=True)
 
 
 def main():
@@ -404,7 +360,7 @@ def main():
             sys.exit(f"--what={what}: choose among {','.join(PARTS)}")
     if rounds < 1:
         sys.exit(f"--rounds={rounds}: must be at least 1")
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cores()} CPU cores"
     precision, size = str(pick_dtype(dtype, device))[6:], new_model().num_params() / 1e6
     print(f"{name}, {precision}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{size:.0f}M parameters, training on {B} x {T} tokens, medians of {rounds} turns\n")

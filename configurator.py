@@ -15,6 +15,15 @@ import difflib
 import os
 import sys
 
+# What nanoGPT and Hugging Face call some of them.
+ALIASES = dict(
+    lr="max_lr", learning_rate="max_lr", batch_size="B", per_device_train_batch_size="B", block_size="T", n_ctx="T",
+    context_length="T", max_iters="max_steps", lr_decay_iters="max_steps", warmup_iters="warmup_steps",
+    eval_interval="eval_every", save_steps="save_every", gradient_accumulation_steps="total_batch_size",
+    num_layers="n_layer", num_heads="n_head", hidden_size="n_embd", max_grad_norm="grad_clip", output_dir="log_dir",
+    out_dir="log_dir", dataset="data_dir",
+    resume_from_checkpoint="resume", max_length="max_new_tokens", model="ckpt", start="prompt",
+)  # fmt: skip
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -68,18 +77,29 @@ def convert(text, default, where):
 
 def check_name(key, settings, where):
     if key not in settings:
+        if ALIASES.get(key) in settings:
+            sys.exit(f"{where}: that is --{ALIASES[key]}= here; --help says what it counts")
         close = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "--help lists them all"
         sys.exit(f"{where}: there is no setting {key!r}; {hint}")
 
 
+def check_numbers(least=0, **numbers):
+    """Exit if a setting is less than it can be, or nan."""
+    for key, value in numbers.items():
+        if not value >= least:
+            sys.exit(f"--{key}={value}: must be at least {least}")
+
+
 def read_file(path, settings):
     """{key: value} from a file of `key = literal` lines."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             body = ast.parse(f.read()).body
     except OSError as e:
         sys.exit(f"{path}: cannot read this settings file ({e.strerror})")
+    except UnicodeDecodeError:
+        sys.exit(f"{path}: not a settings file in UTF-8")
     except (SyntaxError, ValueError) as e:
         sys.exit(f"{path} line {getattr(e, 'lineno', '?')}: expected lines of key = literal")
     given = {}
@@ -136,10 +156,48 @@ def print_help(module, settings):
         print(f"  {shown[name]:<{width}}  {comment}".rstrip())
 
 
+def complete(key, value):
+    """A setting's text as it is meant: ~ is the home folder, in a list too; in a prompt, \\n is a line end."""
+    if not isinstance(value, str):
+        return value
+    if "prompt" not in key:
+        return ",".join(map(os.path.expanduser, value.split(",")))
+    if value != value.encode(errors="replace").decode():
+        sys.exit(f"--{key}: is not UTF-8")
+    return value.replace("\\n", "\n")
+
+
+class Output:
+    """stdout or stderr, whose reader may be gone (| head, tee after Ctrl-C, a closed terminal): the script goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try:
+            return call(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def hide_interrupt(kind, error, traceback):
     """What Python calls for an exception that nobody handled: Ctrl-C ends a script without a traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = hide_interrupt  # from the import on: that of torch takes a while
 
 
 def configure(module, presets=None):
@@ -149,12 +207,14 @@ def configure(module, presets=None):
     Returns the settings from the command line, {key: value}. A mistake in them ends the program with one line on stderr
     and exit status 1; --help prints and exits 0.
     """
+    if not isinstance(sys.stdout, Output):
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     settings = read_settings(os.path.abspath(module["__file__"]))
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(module, settings)
         sys.exit(0)
-    given = parse_command_line(sys.argv[1:], settings)
-    sys.excepthook = hide_interrupt
+    given = {key: complete(key, value) for key, value in parse_command_line(sys.argv[1:], settings).items()}
     module.update(presets(given) if presets else {})
     module.update(given)
+    module.update({key: complete(key, module[key]) for key in settings})
     return given

@@ -10,16 +10,16 @@ import math
 import statistics
 import sys
 
+from model import load_model
+from order import open_mixture, read_windows, val_windows
+from parallel import all_agree, any_shape, is_rank_0, local_first, print0
+from sample import stream_text
+from tokenizer import token_byte_lengths
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-from model import load_model
-from order import read_windows, val_windows
-from parallel import all_agree, any_shape, is_rank_0, local_first, print0
-from sample import stream_text
-from tokenizer import token_byte_lengths
 
 
 @torch.no_grad()
@@ -33,8 +33,6 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
     device = model.lm_head.weight.device
     byte_lengths = np.array(token_byte_lengths(shards.enc))
     windows = val_windows(shards, T, max_tokens)
-    if not windows:
-        sys.exit(f"{shards.data_dir} has no validation tokens to measure the loss on")
     sums = torch.zeros(4, dtype=torch.float64)  # nats, right, tokens, bytes
     starts = range(rank * B, len(windows), world_size * B)
     for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
@@ -64,6 +62,18 @@ def evaluate_mixture(model, mixture, *args, **ranks):
     return mean | {"sources": {folder: result["loss"] for folder, result in results.items()}}
 
 
+def sources(mixture, val_dir, max_tokens):
+    """{Shards: share} of what validation is measured on: val_dir, or the mixture; what has no tokens for it is told."""
+    found = open_mixture(val_dir) if val_dir else mixture
+    first = next(iter(mixture))
+    next(iter(found)).check_tokenizer(first.data_dir, first.enc)
+    measured = {s: share for s, share in found.items() if max_tokens > 1 and any(size > 1 for _, size in s.val)}
+    for shards in found.keys() - measured.keys():
+        rest = "the validation loss is that of the others" if measured else "there is no validation loss"
+        print0(f"{shards.data_dir} has no validation tokens: {rest} (fineweb.py --val_tokens=, or --val_dir=)")
+    return {shards: share / sum(measured.values()) for shards, share in measured.items()}
+
+
 def validate(model, mixture, B, T, max_tokens, autocast, ranks, run, log):
     with autocast:
         result = evaluate_mixture(model, mixture, B, T, max_tokens, **ranks)
@@ -78,6 +88,8 @@ def validate(model, mixture, B, T, max_tokens, autocast, ranks, run, log):
 
 def print_validation(ckpt, log_dir, where, mixture, B, T, max_tokens, autocast, ranks):
     """Print what evaluate_mixture finds of a checkpoint."""
+    if not mixture:
+        sys.exit("there is nothing to measure the loss on")
     model, enc = load_model(ckpt, where, log_dir)
     next(iter(mixture)).check_tokenizer(ckpt, enc)
     context = min(T, model.config.block_size)

@@ -25,14 +25,14 @@ import time
 import zipfile
 import zlib
 
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from configurator import configure
+from configurator import check_numbers, configure
 from model import load_model
 from parallel import local_first, pick_autocast, run_script, start_processes
 from scoring import score_completions
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -52,10 +52,10 @@ HUB = "ewok-core/ewok-core-1.0"
 # -- items ------------------------------------------------------------------------
 def load_items(limit=0):
     """The items, a list of dicts, from the first source there is; exits with one line if there is none."""
-    places = (os.environ.get("EWOK_SRC"), "ewok_fast_jsonl.zip", "ewok_fast")
-    source = next((place for place in places if place and os.path.exists(place)), None)
-    if os.environ.get("EWOK_SRC") not in (None, "", source):
-        sys.exit(f"EWOK_SRC={os.environ['EWOK_SRC']}: no such file or folder")
+    chosen = os.path.expanduser(os.environ.get("EWOK_SRC", ""))
+    source = next((p for p in (chosen, "ewok_fast_jsonl.zip", "ewok_fast") if p and os.path.exists(p)), None)
+    if chosen not in ("", source):
+        sys.exit(f"EWOK_SRC={chosen}: no such file or folder")
     if source is None:
         found = load_from_hub()
     else:
@@ -214,6 +214,7 @@ def items_path():
 
 
 def main():
+    check_numbers(limit=limit, batch_tokens=batch_tokens)
     rank, world_size, where = start_processes(device)
     autocast = pick_autocast(dtype, where)
     found = local_first(lambda: load_items(limit))

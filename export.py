@@ -15,12 +15,12 @@ import logging
 import os
 import sys
 
-import torch
-
 from configurator import configure
 from model import load_model
 from shards import write_whole
 from tokenizer import EOT, byte_characters, tokenizer_state
+
+import torch
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder

@@ -10,25 +10,27 @@ behind the last whole shard. shards.py has the format.
 """
 
 import collections
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import glob
 import itertools
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+
+from configurator import check_numbers, configure
+from parallel import cores, from_environment
+from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
+from tokenizer import EOT, copy_encoding, load_tokenizer
 
 import numpy as np
 import requests
 from tqdm import tqdm
-
-from configurator import configure
-from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
-from tokenizer import EOT, copy_encoding, load_tokenizer
 
 # -- settings: override any with --key=value --------------------------------------
 dataset = "fineweb-edu"  # or fineweb, openwebtext, smol-smoltalk, tinyshakespeare, a file, a folder
@@ -37,6 +39,7 @@ text_column = "text"  # the column that holds the text
 out_dir = "edu_fineweb10B"  # where the shards go
 tokenizer = "gpt2"  # gpt2, bytes, or the path of a tokenizer.json
 shard_size = 100_000_000  # tokens a shard
+val_tokens = 0  # tokens for validation; 0: one shard or, of less than two shards, the last tenth
 max_tokens = 0  # stop after this many tokens; 0: take all
 streaming = True  # read while downloading; False downloads everything first
 shuffle_buffer = 0  # shuffle documents through a buffer of this many as they stream; 0: leave their order
@@ -218,7 +221,6 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four
     batches a core are under way, so memory does not grow with the corpus.
     """
-    cores = os.cpu_count() or 1
     own = threading.local()
 
     def work(batch):
@@ -228,7 +230,7 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
         return encode(batch, own.enc, dtype)
 
     state_dict = getattr(texts, "state_dict", lambda: None)
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         under_way = collections.deque()  # (future, state)
 
         def finish():
@@ -242,7 +244,7 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             if chars >= batch_chars:
                 under_way.append((pool.submit(work, batch), state_dict()))
                 batch, chars = [], 0
-            if len(under_way) > 4 * cores:
+            if len(under_way) > 4 * cores():
                 yield finish()
         if batch:
             under_way.append((pool.submit(work, batch), state_dict()))
@@ -251,13 +253,13 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
 
 
 # -- shards -----------------------------------------------------------------------
-def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, **about):
+def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, val_tokens=0, **about):
     """Tokenize documents into shards in out_dir; returns meta.json's dict. Exits if there are none.
 
     `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir holds the
     beginning of these shards, goes on from there; texts is then a Documents.
     """
-    writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens})
+    writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens}, val_tokens)
     if writer.meta["complete"]:
         print(f"{out_dir} is complete already: nothing to do")
         return writer.meta
@@ -281,7 +283,7 @@ def make_demo_shards(out_dir, keep=False):
     With keep, shards that are there stay. Only the first process of a machine makes any.
     """
     there = keep and has_shards(out_dir) and (read_meta(out_dir) or {}).get("complete")
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 or there:
+    if from_environment("LOCAL_RANK", 0) > 0 or there:
         return
     print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
     source = "input.txt"
@@ -301,13 +303,13 @@ def make_demo_shards(out_dir, keep=False):
             os.remove(path)
     about = {"dataset": source, "subset": None, "seed": None}
     write_shards(texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=2_000_000, **about)
-    print(f"on {source}")
+    cut_off = ", its first 2,000,000 bytes" if source == "input.txt" and os.path.getsize(source) > 2e6 else ""
+    print(f"on {source}{cut_off}")
 
 
 def main():
-    for key, least in (("shard_size", 1), ("max_tokens", 0), ("shuffle_buffer", 0), ("seed", 0)):
-        if globals()[key] < least:
-            sys.exit(f"--{key}={globals()[key]}: must be at least {least}")
+    check_numbers(1, shard_size=shard_size)
+    check_numbers(val_tokens=val_tokens, max_tokens=max_tokens, shuffle_buffer=shuffle_buffer, seed=seed)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         sys.exit(f"--out_dir={out_dir}: is a file, expected a folder")
     if dataset not in (*HUB, "tinyshakespeare") and not os.path.exists(dataset):
@@ -322,7 +324,7 @@ def main():
     made = not os.path.exists(out_dir)
     lock = lock_folder(out_dir)
     try:
-        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, **about)
+        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_tokens, **about)
     finally:
         lock.release()
         if made and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing
@@ -331,7 +333,8 @@ def main():
         shards = [shard for shard in meta["shards"] if shard["split"] == split]
         tokens, docs, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
         print(f"{split}: {len(shards)} shards, {docs:,} documents, {tokens:,} tokens, {size:,} bytes")
-    print(f"train GPT-2 124M on them: python train_gpt2.py --data_dir={out_dir}; on a laptop add --preset=tiny")
+    command = f"python train_gpt2.py --data_dir={shlex.quote(out_dir)}"
+    print(f"train GPT-2 124M on them: {command}; on a laptop add --preset=tiny")
 
 
 if __name__ == "__main__":

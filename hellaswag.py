@@ -21,16 +21,16 @@ import re
 import sys
 import time
 
-import requests
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from configurator import configure
+from configurator import check_numbers, configure
 from model import load_model
 from parallel import local_first, pick_autocast, run_script, start_processes
 from scoring import score_completions
 from shards import download
+
+import requests
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -153,6 +153,7 @@ def main():
         sys.exit(f"--style={style}: choose completion, harness or both")
     if split not in ("val", "train"):
         sys.exit(f"--split={split}: choose val or train")
+    check_numbers(limit=limit, batch_tokens=batch_tokens)
     rank, world_size, where = start_processes(device)
     autocast = pick_autocast(dtype, where)
     items = local_first(lambda: load_items(data, split, limit))

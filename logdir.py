@@ -5,32 +5,37 @@ metrics.jsonl     one object a record, with everything else
 exposure.jsonl    which tokens the model has seen, if the run keeps account of it
 ewok_items.jsonl  the numbers of each item of EWoK, likewise
 model_00250.pt    the model after 250 updates; resume.pt what else the run needs to go on from there
+resume_00250.pt   the same of an earlier checkpoint (of save_every's), to go back to: twice the model's size on the disk
 
-Both .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at any moment. A
+All .pt files are written whole or not at all, the model first: resume.pt names a model that is there, at any moment. A
 run that goes on drops the records behind resume.pt's step, since it makes them again.
 """
 
 import contextlib
 import dataclasses
-import glob
+import errno
 import importlib.util
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 
-import torch
-
 from parallel import all_agree, all_finite, divided_like, from_rank_0, print0, state_dicts
+from schedule import lengthen
 from shards import lock_folder, write_whole
 from tokenizer import tokenizer_state
 from weights import load_checkpoint
 
+import torch
+
 RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"  # the files of records
+CHECKPOINTS = r"(model|resume)_(\d+)\.pt"
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE)  # a folder that is gone
 
 
 @dataclasses.dataclass
@@ -51,6 +56,7 @@ class Run:
     bad_steps: int = 0  # in a row, whose loss or gradient was not finite
     last_step: int | None = None  # where plateau ends it; None: at max_steps
     val_losses: list = dataclasses.field(default_factory=list)  # all so far
+    lengthened: list | None = None  # [step, its learning rate] where the run was given more steps, see schedule.py
 
 
 def model_path(log_dir, step):
@@ -59,14 +65,17 @@ def model_path(log_dir, step):
 
 
 # -- going on from a run --------------------------------------------------------------
-def load_resume(log_dir, mmap=False):
+def load_resume(log_dir, step=-1, mmap=False):
     """The dict in log_dir/resume.pt, None if there is none; exits if it is damaged or its model missing.
 
-    It holds a Run's fields, the states of "optimizers", "scaler" and "rng", and the list of "checkpoints".
+    It holds a Run's fields, the states of "optimizers", "scaler" and "rng", and the list of "checkpoints". With a step
+    it is that of this earlier checkpoint.
     """
-    path = os.path.join(log_dir, "resume.pt")
+    path = os.path.join(log_dir, "resume.pt" if step < 0 else f"resume_{step:05d}.pt")
+    steps = [s for s in sorted(checkpoint_steps(log_dir, "resume")) if os.path.exists(model_path(log_dir, s))]
+    others = f"; --resume_step= goes back to {', '.join(map(str, steps))}" if steps else ""
     if not os.path.exists(path):
-        return None
+        return sys.exit(f"{path}: there is none{others}") if step >= 0 else None
     saved = load_checkpoint(path, mmap)
     try:
         restored_run(saved), saved["optimizers"]
@@ -74,7 +83,7 @@ def load_resume(log_dir, mmap=False):
         missing = {"optimizers", *(field.name for field in dataclasses.fields(Run))} - set(saved)
         sys.exit(f"{path}: not this trainer's, it has no {', '.join(sorted(missing))}")
     if not os.path.exists(model_path(log_dir, saved["step"])):
-        sys.exit(f"{path}: goes with {model_path(log_dir, saved['step'])}, which is missing")
+        sys.exit(f"{path}: goes with {model_path(log_dir, saved['step'])}, which is missing{others}")
     return saved
 
 
@@ -85,8 +94,8 @@ def restored_run(saved, **now):
 
 
 def kept(settings):
-    """The settings that stay with a run, wherever it goes on: all but these two."""
-    return {key: value for key, value in settings.items() if key not in ("log_dir", "resume")}
+    """The settings that stay with a run, wherever it goes on: all but these three."""
+    return {key: value for key, value in settings.items() if key not in ("log_dir", "resume", "resume_step")}
 
 
 def resumed_settings(saved, given, file_settings, fixed):
@@ -100,9 +109,14 @@ def resumed_settings(saved, given, file_settings, fixed):
     for key in fixed:
         if given.get(key, was.get(key, now[key])) != was.get(key, now[key]):
             sys.exit(f"--{key}={given[key]}: the run to resume has {was.get(key, now[key])}; leave it out")
-    for key, value in now.items():
-        if key not in given and value not in (saved["defaults"].get(key, value), was.get(key, value)):
-            sys.exit(f"train_gpt2.py has {key}={value} now, the run {was[key]}: choose with --{key}=")
+    edited = [
+        key
+        for key, value in now.items()
+        if key not in given and value not in (saved["defaults"].get(key, value), was.get(key, value))
+    ]
+    if edited:
+        says = ", ".join(f"{key}={now[key]} (the run: {was[key]})" for key in edited)
+        sys.exit(f"train_gpt2.py has other defaults now: {says}; choose with {' '.join(f'--{key}=' for key in edited)}")
     return kept(now | was)
 
 
@@ -115,21 +129,22 @@ def changes(saved, given):
     return f" with {', '.join(changed)}{order}" if changed else ""
 
 
-def begin(log_dir, saved, given, mixture, T, settings, defaults, precision):
+def begin(log_dir, saved, given, order, settings, defaults, precision):
     """The Run: at its first step, or where `saved`, the dict of resume.pt, has it.
 
     Exits if the run has read other shards, or computed in another precision which the command line (given) does not
     choose, or if processes have found different files.
     """
-    now = {"settings": settings, "defaults": defaults, "data": describe_data(mixture), "precision": precision}
+    now = {"settings": settings, "defaults": defaults, "data": order.contents(), "precision": precision}
     run = restored_run(saved, **now) if saved else Run(step=0, tokens=0, **now)
     if saved:
-        check_data(log_dir, saved["data"], mixture)
+        # T may be another: on from the next whole sequence
+        run.tokens, run.exposed = (-(-tokens // order.T) * order.T for tokens in (run.tokens, run.exposed))
+        check_data(log_dir, saved["data"], order, run.tokens // order.T)
         if "dtype" not in given and run.precision != saved["precision"]:
             was, now = (name.removeprefix("torch.") for name in (saved["precision"], run.precision))
             sys.exit(f"the run in {log_dir} computes in {was}, --dtype=auto is {now} here: choose with --dtype=")
-        # T may be another: on from the next whole sequence
-        run.tokens, run.exposed = (-(-tokens // T) * T for tokens in (run.tokens, run.exposed))
+        lengthen(run, run.settings | saved["settings"])
         print0(f"resuming {log_dir} at step {run.step}{changes(saved, given)}")
     if not all_agree(run.step == from_rank_0(run.step)):
         rank = os.environ["RANK"]
@@ -137,22 +152,21 @@ def begin(log_dir, saved, given, mixture, T, settings, defaults, precision):
     return run
 
 
-def check_data(log_dir, read, mixture):
-    """Exit if a mixture is not the one, of describe_data, that the run has read so far."""
-    there = describe_data(mixture)
-    if [weight for weight, _ in read] != [weight for weight, _ in there]:
+def check_data(log_dir, read, order, sequences):
+    """Exit if an order is not one of the data, of Mixture.contents, of which the run has read so many sequences."""
+    there, needs = order.contents(), f"the run in {log_dir} needs those that it has read"
+    if [weight for weight, *_ in read] != [weight for weight, *_ in there]:
         sys.exit(f"--data_dir: the run in {log_dir} mixes its data otherwise; leave it out")
-    for (_, before), (_, now), shards in zip(read, there, mixture, strict=True):
-        if before != now[: len(before)]:
-            sys.exit(f"{shards.data_dir}: not the shards that the run in {log_dir} has read: it needs those")
-
-
-def describe_data(mixture):
-    """[weight, [[file, tokens] of each training shard]] of each of its Shards: what tells it from others."""
-    return [
-        [str(weight), [[os.path.basename(path), size] for path, size in shards.train]]
-        for shards, weight in mixture.items()
-    ]
+    for (_, before, *was), (_, now, dataset), source, seen in zip(
+        read, there, order.orders, order.before(sequences), strict=True
+    ):
+        if was not in ([], [dataset]):
+            sys.exit(f"{source.shards.data_dir}: holds {dataset}, not {was[0]}: {needs}")
+        if len(now) < len(before) or any(a != b[: len(a)] for a, b in zip(before, now, strict=False)):
+            sys.exit(f"{source.shards.data_dir}: not the same shards: {needs}")
+        if len(now) > len(before) and seen > sum(max(0, size - 1) // order.T for _, size, *_ in before):
+            why = "shards were added, which changes the order of the epochs behind the first"
+            sys.exit(f"{source.shards.data_dir}: {why}: take them out, or start afresh with --init_from=latest")
 
 
 def restore(log_dir, optimizers, scaler, saved):
@@ -195,10 +209,27 @@ def last_good(log_dir):
     return f"the last good checkpoint is {model_path(log_dir, max(steps))}" if steps else "there is no checkpoint"
 
 
-def checkpoint_steps(log_dir):
-    """The steps of the models in the folder, in no order."""
-    names = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))]
-    return [int(match[1]) for match in (re.fullmatch(r"model_(\d+)\.pt", name) for name in names) if match]
+def checkpoint_steps(log_dir, kind="model"):
+    """The steps of the models in the folder, or of the states to go back to (kind="resume"), in no order."""
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    matches = (re.fullmatch(CHECKPOINTS, name) for name in names)
+    return [int(match[2]) for match in matches if match and match[1] == kind]
+
+
+def link(path, to):
+    """Give a file another name at once, without a second copy where the disk can."""
+    try:
+        os.link(path, to + ".tmp")
+    except OSError:
+        shutil.copyfile(path, to + ".tmp")
+    os.replace(to + ".tmp", to)
+    with contextlib.suppress(FileNotFoundError):  # it was of that name already
+        os.remove(to + ".tmp")
+
+
+def free_name(path):
+    """path_1, path_2, ...: the first that there is not."""
+    return next(f"{path}_{n}" for n in itertools.count(1) if not os.path.exists(f"{path}_{n}"))
 
 
 def save_tensors(path, state):
@@ -216,12 +247,13 @@ def save_tensors(path, state):
 class LogDir:
     """The folder in the hands of the one process that writes to it; in those of the others it does nothing.
 
-    saved is the dict of resume.pt to go on from, None for a fresh start, which moves the files of an earlier run to
-    old_1/ and so on; resume: whether a resume.pt would have been gone on from. Exits if another live run has the
-    folder, or it cannot be written.
+    saved is the dict of resume.pt, or of the earlier checkpoint resume_step, to go on from, None for a fresh start,
+    which moves the files of an earlier run to old_1/ and so on; resume: whether a resume.pt would have been gone on
+    from. Exits if another live run has the folder, or it cannot be written. Where it is gone later, or can no longer be
+    written, all goes on in a new one beside it.
     """
 
-    def __init__(self, path, saved=None, resume=False, writes=True):
+    def __init__(self, path, saved=None, resume=False, resume_step=-1, writes=True):
         self.path, self.writes, self._files, self._drawing = path, writes, {}, None
         self.saved_state = (saved["step"], saved.get("evaluated_step")) if saved else None  # what resume.pt is of
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
@@ -229,31 +261,37 @@ class LogDir:
             return
         try:
             self._lock = lock_folder(path)
-            now = load_resume(path, mmap=True) if resume else None
+            now = load_resume(path, resume_step, mmap=True) if resume else None
             if (now or {}).get("step") != (saved or {}).get("step"):
                 sys.exit(f"{path}/: another run has just saved there; --resume again goes on from that")
             for name in os.listdir(path):
-                if re.fullmatch(r"(log\.txt|\w+\.jsonl|resume\.pt|model_\d+\.pt)\.tmp", name):
+                if re.fullmatch(rf"({RECORDS}|resume\.pt|{CHECKPOINTS})\.tmp", name):
                     os.remove(os.path.join(path, name))  # of a run that died while it wrote
-            if saved is None:
-                self._set_aside()
-            else:
+            if saved is None or resume_step >= 0:
+                self._set_aside(resume_step)
+            if saved:
                 self._rewind(saved["step"], saved.get("evaluated_step"))
             # {step: validation loss, None if it was not measured} of the checkpoints
             self.checkpoints = {step: (saved or {}).get("checkpoints", {}).get(step) for step in checkpoint_steps(path)}
         except OSError as e:
             sys.exit(f"--log_dir={path}: cannot write there ({e.strerror})")
 
-    def _set_aside(self):
-        """Move an earlier run's files to old_1, old_2, ..."""
-        old = [x for x in os.listdir(self.path) if re.fullmatch(rf"{RECORDS}|resume\.pt|model_\d+\.pt", x)]
-        if old:
-            n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(self.path, f"old_{n}")))
-            aside = os.path.join(self.path, f"old_{n}")
-            os.makedirs(aside)
-            for name in old:
-                os.rename(os.path.join(self.path, name), os.path.join(aside, name))
-            print(f"{self.path}/ held an earlier run: moved to {aside}/")
+    def _set_aside(self, step):
+        """Move an earlier run's files to old_1, old_2, ..., or those that are behind a step to go back to."""
+        old = [x for x in os.listdir(self.path) if re.fullmatch(rf"{RECORDS}|resume\.pt|{CHECKPOINTS}", x)]
+        if not old:
+            return
+        aside = free_name(os.path.join(self.path, "old"))
+        os.makedirs(aside)
+        if step >= 0:  # the records up to it stay, and resume.pt at no moment names a model that is not there
+            for name in [x for x in old if not re.fullmatch(CHECKPOINTS, x)]:
+                shutil.copy2(os.path.join(self.path, name), aside)
+            link(os.path.join(self.path, f"resume_{step:05d}.pt"), os.path.join(self.path, "resume.pt"))
+            old = [x for x in old if (match := re.fullmatch(CHECKPOINTS, x)) and int(match[2]) > step]
+        for name in old:
+            os.rename(os.path.join(self.path, name), os.path.join(aside, name))
+        what = f"had gone on behind step {step}: that is" if step >= 0 else "held an earlier run: moved"
+        print(f"{self.path}/ {what} {'in' if step >= 0 else 'to'} {aside}/")
 
     def _rewind(self, step, evaluated_step):
         """Drop what was recorded behind the state that resume.pt holds."""
@@ -262,28 +300,50 @@ class LogDir:
             try:
                 if line.startswith("{"):
                     record = json.loads(line)
-                    at, kind = record.get("step", -1), record.get("kind")
+                    at, kind = record["step"], record["kind"]
                 else:
                     at, kind, _ = line.split()
                 evaluated = int(at) == step == evaluated_step and kind != "train"
                 return kind == "run" or int(at) < step or evaluated
-            except ValueError:  # cut short by a crash
-                return False
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # no record: somebody's own line stays, what a crash cut short not
+                return line.endswith("\n")
 
         for path in (os.path.join(self.path, x) for x in os.listdir(self.path) if re.fullmatch(RECORDS, x)):
-            with open(path) as f:
-                lines = [line for line in f if comes_before(line)]
-            write_whole(path, lambda f, lines=lines: f.write("".join(lines).encode()))
+            with open(path, encoding="utf-8", errors="surrogateescape") as f:
+                text = "".join(line for line in f if comes_before(line))
+            write_whole(path, lambda f, text=text: f.write(text.encode(errors="surrogateescape")))
 
     def _append(self, name, line):
         if name not in self._files:
-            self._files[name] = open(os.path.join(self.path, name), "a", buffering=1)
+            self._files[name] = open(os.path.join(self.path, name), "a+", buffering=1)
         self._files[name].write(line + "\n")
+
+    def _beside(self, work):
+        """work(), once more in a new folder if this one has been moved, deleted or closed to us."""
+        try:
+            return work()
+        except OSError as e:
+            if e.errno not in LOST:
+                raise
+            was, self.path = self.path, free_name(self.path.rstrip("/"))
+            self._lock = lock_folder(self.path)
+            for name, f in self._files.items():  # which we hold, wherever it is now
+                f.seek(0)
+                self._files[name] = open(os.path.join(self.path, name), "a+", buffering=1)
+                self._files[name].write(f.read())
+            self.checkpoints = {}
+            print(f"{was}/ cannot be written any more ({e.strerror}): this run goes on in {self.path}/")
+            return work()
 
     def record(self, step, kind, value, **more):
         """One line in log.txt and, with everything else there is to say, one in metrics.jsonl."""
         if self.writes:
-            self._append("log.txt", f"{step} {kind} {value:.{6 if kind == 'train' else 4}f}")
+            line = f"{step} {kind} {value:.{6 if kind == 'train' else 4}f}"
+            self._beside(lambda: self._append("log.txt", line))
         self.note(step, kind, **more)
 
     def note(self, step, kind, **more):
@@ -292,7 +352,7 @@ class LogDir:
         line = json.dumps({"step": step, "kind": kind, **more})
         file = f"{kind}s" if kind.endswith("_item") else kind if kind == "exposure" else "metrics"
         if self.writes:
-            self._append(f"{file}.jsonl", line)
+            self._beside(lambda: self._append(f"{file}.jsonl", line))
 
     def save(self, run, model, optimizers, scaler, enc, val_loss=None, keep=0):
         """Save a checkpoint, if the last one is of another state: the model and resume.pt. All ranks call it.
@@ -312,24 +372,28 @@ class LogDir:
             model_file |= {"val_loss": val_loss, "settings": run.settings, "tokenizer": tokenizer_state(enc)}
             resume_file = dataclasses.asdict(run) | {"optimizers": states, "scaler": scaler.state_dict()}
             resume_file |= {"rng": torch.get_rng_state()}
-            self._write(model_file, resume_file, keep)
+            every = run.settings["save_every"]
+            self._beside(lambda: self._write(model_file, resume_file, keep, every and run.step % every == 0))
         self.saved_state, self.saved_at = (run.step, run.evaluated_step), time.monotonic()
         self.save_seconds = self.saved_at - start
 
-    def _write(self, model_file, resume_file, keep):
-        step = model_file["step"]
+    def _write(self, model_file, resume_file, keep, planned):
+        step, last = model_file["step"], os.path.join(self.path, "resume.pt")
         path = model_path(self.path, step)
         save_tensors(path, model_file)
         self.checkpoints[step] = model_file["val_loss"]
         for f in self._files.values():  # a power cut must not take records that the checkpoint counts on
             os.fsync(f.fileno())
-        save_tensors(os.path.join(self.path, "resume.pt"), resume_file | {"checkpoints": self.checkpoints})
+        save_tensors(last, resume_file | {"checkpoints": self.checkpoints})
+        if planned:
+            link(last, os.path.join(self.path, f"resume_{step:05d}.pt"))
         if keep:
             measured = {s: loss for s, loss in self.checkpoints.items() if loss is not None and loss == loss}
             stay = {step, *sorted(self.checkpoints)[-keep:], *sorted(measured, key=measured.get)[:1]}
             for s in set(self.checkpoints) - stay:
-                if os.path.exists(model_path(self.path, s)):
-                    os.remove(model_path(self.path, s))
+                for old in (model_path(self.path, s), os.path.join(self.path, f"resume_{s:05d}.pt")):
+                    if os.path.exists(old):
+                        os.remove(old)
                 del self.checkpoints[s]
         print(f"step {step:5d} | saved {path}")
 

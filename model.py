@@ -10,19 +10,20 @@ of these parts for what came later; the defaults are GPT-2.
     model, enc = load_model("gpt2-xl")                                 # OpenAI's weights
 """
 
+from dataclasses import dataclass
+from functools import partial
 import math
 import os
 import sys
-from dataclasses import dataclass
-from functools import partial
+
+from parallel import is_rank_0
+from tokenizer import load_tokenizer
+from weights import OPENAI_MODELS, find_checkpoint, read_checkpoint, read_hugging_face, tokenizer_beside
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-from tokenizer import load_tokenizer
-from weights import OPENAI_MODELS, find_checkpoint, load_checkpoint, read_hugging_face, tokenizer_beside
 
 
 @dataclass
@@ -222,10 +223,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not with_gradients:
                 right += ((p.max(dim=-1, keepdim=True).indices == target) & keep[part]).sum()
             else:  # of the sum over rows: softmax minus one-hot
-                if x.device.type == "cpu":
+                if torch.compiler.is_compiling() and x.device.type != "cpu":
+                    # One kernel with the softmax: a fifth of the bytes.
+                    p = (p.exp() - (torch.arange(len(weight), device=x.device) == target).float()).to(x.dtype)
+                else:
                     p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
-                else:  # compiled, one kernel with the softmax: a fifth of the bytes
-                    p = (p.exp() - (torch.arange(len(weight), device=x.device) == target)).to(x.dtype)
                 # Apple's M1 and M2 go wrong beyond 32,767 addends, https://github.com/pytorch/pytorch/issues/193487
                 width = 32_000 if x.device.type == "mps" else len(w)
                 products = [a @ b for a, b in zip(p.split(width, 1), w.split(width), strict=True)]
@@ -443,7 +445,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is nucleus sampling
     (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at least one, whose probabilities reach top_p.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # beyond which float32 overflows
         return logits.argmax(dim=-1)
     tokens = None  # that the columns stand for; None: each for its own number
     if 0 < top_k < logits.size(-1):
@@ -460,8 +462,9 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
 
-    ckpt: "latest" (the newest log_dir/model_*.pt), a .pt path, an OpenAI name ("gpt2" ... "gpt2-xl"), or a local
-    Hugging Face folder. Exits with one line if it cannot be had.
+    ckpt: "latest" (the last log_dir/model_*.pt, by its step), "best" (the one of the lowest validation loss), a .pt
+    path, also of nanoGPT or build-nanogpt, an OpenAI name ("gpt2" ... "gpt2-xl"), or a local Hugging Face folder. Says
+    which file it is on stderr. Exits with one line if it cannot be had.
     """
     if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
         model = GPT.from_pretrained(ckpt)
@@ -469,10 +472,12 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
         enc = load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(ckpt, vocab_size)
     else:
         path = find_checkpoint(ckpt, log_dir)
-        state = load_checkpoint(path)
+        config, weights, tokenizer, step = read_checkpoint(path)
         try:
-            config, weights, tokenizer = GPTConfig(**state["config"]), state["model"], state["tokenizer"]
-        except (KeyError, TypeError) as e:
+            model = GPT.from_state_dict(GPTConfig(**config), weights, path)
+        except TypeError as e:
             sys.exit(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
-        model, enc = GPT.from_state_dict(config, weights, path), load_tokenizer(tokenizer)
+        enc = load_tokenizer(tokenizer)
+        if is_rank_0():
+            print(f"{path}: step {step}", file=sys.stderr)
     return model.float().to(device).eval(), enc  # float: export.py can have written it in bfloat16

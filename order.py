@@ -16,10 +16,10 @@ import os
 import sys
 import time
 
-import numpy as np
-
 from parallel import all_agree, print0
 from shards import Shards
+
+import numpy as np
 
 
 def permutation(n, *key):
@@ -166,6 +166,13 @@ class Mixture:
         return self.orders[source].read(now[source])
 
     batches = TrainOrder.batches
+
+    def contents(self):
+        """[weight, [[file, tokens, checksum] of each training shard], dataset] of each source: what tells it apart."""
+        return [
+            [str(weight), [shards.identity(path, size) for path, size in shards.train], shards.dataset]
+            for shards, weight in zip((order.shards for order in self.orders), self.weights, strict=True)
+        ]
 
     def incomplete(self):
         """The orders whose folders are still being written."""

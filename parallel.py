@@ -30,6 +30,7 @@ PEAK_TFLOPS = {
     "RTX 3090 Ti": 80, "RTX 3090": 71.2, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6,
     "RTX 3060 Ti": 32.4, "RTX 3060": 25.5, "MI325X": 1307.4, "MI300X": 1307.4, "MI250X": 383, "MI210": 181,
 }  # fmt: skip
+SAID = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)  # what a disk may say
 NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver shows of them
 
 
@@ -127,7 +128,21 @@ def peak_flops(device, dtype):
 # -- processes ----------------------------------------------------------------------
 def is_rank_0():
     """Whether this is the process that prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return from_environment("RANK", 0) == 0
+
+
+def from_environment(name, default):
+    """The whole number in a variable that torchrun, or another launcher, sets."""
+    return int(os.environ.get(name) or default)
+
+
+def cores():
+    """How many cores this process may use: of this machine, of taskset's, of a container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as f:
+        quota, period = map(int, f.read().split())  # "max 100000" where there is none
+        count = min(count, max(1, round(quota / period)))
+    return count
 
 
 def print0(*args):
@@ -142,7 +157,7 @@ def start_processes(device):
     torchrun starts one process a device and says so in the environment: join them, by NCCL on GPUs and gloo on CPUs.
     Alone, this is rank 0 of 1.
     """
-    rank, local_rank, world_size = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world_size = (from_environment(name, 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if world_size > 1 and device in ("auto", "cuda"):
         gpus = torch.cuda.device_count()
         if local_rank >= gpus and (gpus or device == "cuda"):
@@ -166,7 +181,7 @@ def start_processes(device):
     if device.startswith("cuda"):
         dist.init_process_group("nccl", device_id=torch.device(device), **group)
     elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, cores() // from_environment("LOCAL_WORLD_SIZE", world_size)))
         dist.init_process_group("gloo", **group)
     else:
         sys.exit(f"--device={device}: one process only; for several use --device=cpu")
@@ -230,13 +245,18 @@ def explain(e, B, folder):
         return "torch.compile found no C++ compiler or Python headers: install g++ and python3-dev, or --compile=False"
     if "no kernel image" in first:
         return f"torch {torch.__version__} is not built for this GPU: install one that is (for a V100, CUDA 12's)"
+    if "env:// rendezvous" in first:
+        return f"{first.partition('rendezvous: ')[2]}: torchrun sets all that is needed"
     if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e)):
         return f"process {os.environ.get('RANK')} lost the others: {first}"
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if isinstance(e, OSError) and e.errno in SAID:
         return f"{e.filename or folder}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
 
-def run_script(main, explain=lambda e: None):
+SMALLER = "out of memory: try a smaller --batch_tokens or --num_samples, or a smaller model"
+
+
+def run_script(main, explain=lambda e: out_of_memory(e) and SMALLER):
     """main(), and the end of the processes. An error ends them all with one line, said once.
 
     explain(exception) is the line for one that is no fault of the code, None for others, which are raised.
@@ -259,7 +279,7 @@ def run_script(main, explain=lambda e: None):
 
 def local_first(load):
     """load(), on the first process of each machine before the others, which find what it has fetched."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = from_environment("LOCAL_RANK", 0) == 0
     if not first:
         dist.barrier()
     try:
@@ -294,7 +314,7 @@ def all_finite(tensors):
 
 
 class StopRequests:
-    """What asks a run to end after its step: Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1.
+    """What asks a run to end after its step: Ctrl-C, a scheduler's SIGTERM or, ahead of it, SIGUSR1, a closed terminal.
 
     A second Ctrl-C ends the process at once. For another reason to end a run, here() is the place: whoever asks, at
     whatever point of a step, asks anywhere(), which asks here() of each process.
@@ -302,8 +322,9 @@ class StopRequests:
 
     def __init__(self):
         self.received = []  # (signal, when)
-        for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), self._receive)
+        for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & set(dir(signal)):
+            if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is what nohup asks for
+                signal.signal(getattr(signal, name), self._receive)
 
     def _receive(self, signum, frame):
         self.received.append((signum, time.monotonic()))
@@ -312,7 +333,8 @@ class StopRequests:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         if is_rank_0():  # print() must not be called again while it is at work
-            os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
+            with contextlib.suppress(OSError):
+                os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
 
     def here(self):
         """Whether this process has been asked to stop."""

@@ -16,10 +16,10 @@ import math
 import os
 import sys
 
-import numpy as np
-
 from configurator import configure
 from shards import write_whole
+
+import numpy as np
 
 # -- settings: override any with --key=value --------------------------------------
 logs = "log"  # log folders of runs, separated by commas

@@ -10,14 +10,16 @@ the others follow when it is done.
 """
 
 import codecs
+import os
 import sys
-
-import torch
-import torch.nn as nn
 
 from configurator import configure
 from model import load_model
-from parallel import any_shape, pick_device, pick_dtype
+from parallel import any_shape, pick_device, pick_dtype, run_script
+from tokenizer import EOT
+
+import torch
+import torch.nn as nn
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
@@ -43,7 +45,7 @@ def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are empty, and at
     max_new_tokens. sampling: the settings of sample_token.
     """
-    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
+    ids = enc.encode(prompt, allowed_special={EOT}, disallowed_special=()) or [enc.eot_token]
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     # A character can span tokens: the decoder holds back the bytes of an unfinished one.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
@@ -89,12 +91,14 @@ def ready(model, dtype, device):
 
 
 def main():
+    if seed >= 1 << 63:
+        sys.exit(f"--seed={seed}: must be less than 2^63")
     if num_samples < 1 or max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         sys.exit("expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
     start = prompt
     if prompt.startswith("FILE:"):
         try:
-            with open(prompt[5:], encoding="utf-8") as f:
+            with open(os.path.expanduser(prompt[5:]), encoding="utf-8") as f:
                 start = f.read()
         except (OSError, UnicodeDecodeError) as e:
             sys.exit(f"--prompt={prompt}: cannot read this file ({e})")
@@ -133,4 +137,4 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    run_script(main)

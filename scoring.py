@@ -1,10 +1,10 @@
 """How likely are completions of a text: what hellaswag.py, ewok.py and other evals of this kind ask of a model."""
 
+from parallel import any_shape
+
 import numpy as np
 import torch
 from torch.nn import functional as F
-
-from parallel import any_shape
 
 
 def rows_to_score(pairs, block_size):

@@ -11,15 +11,17 @@ import functools
 import json
 import os
 import re
+import shlex
 import sys
 import time
+import zlib
+
+from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 
 import filelock  # comes with torch and datasets
 import numpy as np
 import requests
 from tqdm import tqdm
-
-from tokenizer import load_tokenizer, token_byte_lengths, tokenizer_state
 
 
 # -- files --------------------------------------------------------------------------
@@ -86,8 +88,9 @@ def token_dtype(enc):
 class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
 
-    The first shard is for validation, as in build-nanogpt's fineweb.py. A corpus of less than two shards gives its last
-    tenth to validation instead. Files are renamed into place when whole.
+    The first shard is for validation, as in build-nanogpt's fineweb.py, or, if val_tokens says so, a smaller or larger
+    one. A corpus of less than two shards gives its last tenth, or val_tokens, to validation instead. Files are renamed
+    into place when whole.
 
     Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those from there
     up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is continued: the stream is
@@ -96,11 +99,13 @@ class ShardWriter:
     made with other settings, which `about` holds for meta.json.
     """
 
-    def __init__(self, out_dir, prefix, enc, shard_size, about):
+    def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
         self.out_dir, self.prefix, self.enc, self.shard_size = out_dir, prefix, enc, shard_size
+        self.val_tokens = val_tokens
+        about = about | ({"val_tokens": val_tokens} if val_tokens else {})
         self.byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
         try:
-            self.buffer = np.empty(2 * shard_size, token_dtype(enc))
+            self.buffer = np.empty((val_tokens or shard_size) + shard_size, token_dtype(enc))
         except MemoryError:
             sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
         self.tokenizer = tokenizer_state(enc)
@@ -132,7 +137,8 @@ class ShardWriter:
             there = tokenizer_state(load_tokenizer(os.path.join(self.out_dir, "tokenizer.json")))
             if there != self.tokenizer:
                 sys.exit(f"{self.out_dir} holds shards made with another tokenizer.json: {other}")
-        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.shard_size):
+        first = self.val_tokens or self.shard_size
+        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < first):
             return  # the first two belong together, and so do those of a small corpus: they are written again
         self.meta = old
         self.written = self.taken = sum(shard["tokens"] for shard in old["shards"])
@@ -148,7 +154,7 @@ class ShardWriter:
         self.state, self.taken = state, self.taken + len(tokens)
         while len(new):
             held = self.taken - len(new) - self.written  # tokens in the buffer
-            full = self.shard_size * (1 if self.meta["shards"] else 2)
+            full = self.shard_size if self.meta["shards"] else len(self.buffer)
             part, new = new[: full - held], new[full - held :]
             self.buffer[held : held + len(part)] = part
             if held + len(part) == full:
@@ -177,10 +183,12 @@ class ShardWriter:
             if not held:
                 sys.exit("the dataset is empty: it has no document with text")
             # The last tenth, from the start of a document if one is near, is for validation.
-            cut = held * 9 // 10
+            if self.val_tokens >= held:
+                sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {held} tokens")
+            cut = held - self.val_tokens if self.val_tokens else held * 9 // 10
             starts = np.flatnonzero(rest == self.enc.eot_token)
             nearest = starts[np.abs(starts - cut).argmin()]
-            if 20 * abs(nearest - cut) <= held:
+            if abs(nearest - cut) <= (held - cut) // 2:
                 cut = int(nearest)
             self._write_shard(rest[cut:])
             rest = rest[:cut]
@@ -191,6 +199,9 @@ class ShardWriter:
         return self.meta
 
     def _flush(self, tokens):
+        if not self.meta["shards"]:
+            self._write_shard(tokens[: -self.shard_size])
+            tokens = tokens[-self.shard_size :]
         for start in range(0, len(tokens), self.shard_size):
             self._write_shard(tokens[start : start + self.shard_size])
 
@@ -218,14 +229,19 @@ class ShardWriter:
 
 # -- reading ------------------------------------------------------------------------
 def has_shards(data_dir):
-    """Whether the folder is there and holds a .npy file."""
-    return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
+    """Whether the folder is there and holds a .npy file; exits if it may not be read."""
+    try:
+        return os.path.isdir(data_dir) and any(name.endswith(".npy") for name in os.listdir(data_dir))
+    except OSError as e:
+        sys.exit(f"{data_dir}: cannot be read ({e.strerror})")
 
 
 def open_shard(path):
     """A shard, memory-mapped: a 1-D array of uint16 or uint32. Exits if it is not one."""
     try:
         tokens = np.load(path, mmap_mode="r")
+    except PermissionError:
+        sys.exit(f"{path}: may not be read by you")
     except (OSError, ValueError, EOFError) as e:
         sys.exit(f"{path}: corrupt or missing shard ({e}); make it again with python fineweb.py")
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
@@ -242,6 +258,8 @@ def read_meta(data_dir):
         with open(path) as f:
             meta = json.load(f)
         [(shard["file"], shard["split"]) for shard in meta["shards"]], meta["complete"], meta["tokenizer"]
+    except PermissionError:
+        sys.exit(f"{path}: may not be read by you")
     except (OSError, ValueError, KeyError, TypeError) as e:
         sys.exit(f"{path}: damaged ({type(e).__name__}: {e}); make the shards again with python fineweb.py")
     return meta
@@ -257,8 +275,14 @@ class Shards:
     def __init__(self, data_dir):
         self.data_dir = data_dir
         self._open = functools.lru_cache(maxsize=2)(open_shard)  # however many there are, two are mapped
+        self.identity = functools.cache(self._identity)
         if not has_shards(data_dir):
-            sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={data_dir}")
+            where = shlex.quote(data_dir)
+            if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
+                sys.exit(
+                    f"{data_dir}: holds no shards; python fineweb.py --dataset={where} --out_dir=my_shards makes some"
+                )
+            sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={where}")
         meta = self.refresh()
         self.dataset, name = meta.get("dataset"), meta["tokenizer"]
         self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)
@@ -292,6 +316,13 @@ class Shards:
                 sys.exit(f"{path}: holds {size} tokens, meta.json says {shard['tokens']}; make it again")
             (self.train if shard["split"] == "train" else self.val).append((path, size))
         return meta
+
+    def _identity(self, path, size):
+        """[file name, tokens, CRC-32 of eight slices] of a shard of so many tokens."""
+        tokens, crc = self._open(path), 0
+        for start in range(0, size, -(-size // 8)):
+            crc = zlib.crc32(tokens[start : start + 4096].tobytes(), crc)
+        return [os.path.basename(path), size, crc]
 
     def read(self, path, start, count):
         """`count` tokens of a shard from `start` on, int64. Exits if one is outside the vocabulary."""

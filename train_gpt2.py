@@ -17,32 +17,36 @@ logged before its update, so model_00250.pt has had 250 updates and `250 val` is
 import collections
 import dataclasses
 import datetime
+from functools import partial
 import math
+import shlex
 import sys
 import time
-from functools import partial
+
+from configurator import check_numbers, configure, current_settings, read_settings
+import evals
+import ewok
+from fineweb import make_demo_shards
+import hellaswag
+import logdir
+from model import GPT, GPTConfig, load_model
+from order import in_words, micro_batch, open_mixture, train_order, wait_for
+import parallel
+from parallel import pick_autocast, pick_compile, pick_dtype, print0
+from schedule import check_schedule, describe_schedule, get_lr, keep_shares, stalled
+from shards import has_shards
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import evals
-import ewok
-import hellaswag
-import logdir
-import parallel
-from configurator import configure, current_settings, read_settings
-from fineweb import make_demo_shards
-from model import GPT, GPTConfig, load_model
-from order import in_words, micro_batch, open_mixture, train_order, wait_for
-from parallel import pick_autocast, pick_compile, pick_dtype, print0
-from shards import has_shards
-
 # -- settings: override any with --key=value --------------------------------------
 preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large or -xl; auto: gpt2 if there are shards, else tiny
 data_dir = "edu_fineweb10B"  # folder of .npy shards written by fineweb.py; a mixture is a:0.7,b:0.3
+val_dir = ""  # other shards to validate on; empty: those of data_dir
 log_dir = "log"  # where logs and checkpoints go
 resume = False  # go on with the run in log_dir, if there is one, with its settings
+resume_step = -1  # the same from an earlier checkpoint, of this step; what came behind it is set aside
 init_from = ""  # start from these weights: latest, a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
 eval_only = False  # print the validation loss of ckpt and stop
 ckpt = "latest"  # the model to evaluate, in the forms of init_from
@@ -130,13 +134,20 @@ def default_settings(given):
     name = given.get("preset", "auto")
     if name not in ("auto", *PRESETS):
         sys.exit(f"--preset={name}: choose auto, {', '.join(PRESETS)}")
-    saved = logdir.load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("resume") else None
+    back = given.get("resume_step", resume_step)
+    resuming = given.get("resume", resume) or back >= 0
+    saved = logdir.load_resume(given.get("log_dir", log_dir), back, mmap=True) if resuming else None
     if saved:
-        return logdir.resumed_settings(saved, given, file_settings, fixed=["preset", *ARCHITECTURE, "optimizer"])
+        fixed = ["preset", *ARCHITECTURE, "optimizer", "init_from"]
+        settings = logdir.resumed_settings(saved, given, file_settings, fixed) | {"resume": True}
+        share = keep_shares(settings, given.get("max_steps", settings["max_steps"]))
+        return settings | {"cooldown_steps": share["cooldown_steps"]}
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
     settings = PRESETS[name] | {"preset": name}
+    defaults = file_settings(name)
+    settings |= keep_shares(defaults, given.get("max_steps", defaults["max_steps"]))
     if name == "tiny" and not found and "data_dir" not in given:
         settings["data_dir"] = DEMO_DIR
     return settings
@@ -147,39 +158,14 @@ def file_settings(name):
     return {key: value for key, (value, _) in read_settings(__file__).items()} | PRESETS[name]
 
 
-def get_lr(step, last_step):
-    """The learning rate of a step of a run that ends at last_step: linear warmup, then the schedule.
-
-    wsd is warmup, stable, decay (https://arxiv.org/abs/2404.06395).
-    """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    if step >= last_step:
-        return min_lr
-    if schedule == "cosine":
-        ratio = (step - warmup_steps) / (last_step - warmup_steps)
-        return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
-    return min_lr + min(1, (last_step - step) / max(1, cooldown_steps)) * (max_lr - min_lr)
-
-
-def stalled(losses):
-    """Whether the best of the last `patience` validation losses is no better, by 0.002, than the best before.
-
-    It is the best of them that counts, so that a spike, or one lucky loss, decides nothing.
-    """
-    before, recent = losses[:-patience], losses[-patience:]
-    return bool(before) and min(recent) > min(before) - 0.002
-
-
 # -- before the first step ----------------------------------------------------------
 def check_settings():
     """Exit with one line if a number makes no sense."""
     positive = """n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens
         max_bad_steps""".split()
     for key, value in current_settings(globals()).items():
-        least = 1 if key in positive else -1 if key == "plot_every" else 0
-        if not isinstance(value, str) and not value >= least:  # which is also true of nan
-            sys.exit(f"--{key}={value}: must be at least {least}")
+        if not isinstance(value, str):
+            check_numbers(1 if key in positive else -1 if key in ("plot_every", "resume_step") else 0, **{key: value})
     if seed >= 1 << 63:
         sys.exit(f"--seed={seed}: must be less than 2^63")
     for key, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "plateau"))):
@@ -187,6 +173,11 @@ def check_settings():
             sys.exit(f"--{key}={globals()[key]}: choose {', '.join(known)}")
     if schedule == "plateau" and not eval_every:
         sys.exit("--schedule=plateau judges validation losses: it needs --eval_every=")
+    check_schedule(current_settings(globals()))
+    if ckpt != "latest" and not eval_only:
+        sys.exit(
+            "--ckpt= is what --eval_only=True evaluates; --init_from= starts from weights, --resume_step= goes back"
+        )
     if min_lr > max_lr:
         sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
@@ -198,7 +189,7 @@ def fit_micro_batch(given, world_size):
     globals()["B"] = micro_batch(B, given, T, total_batch_size, world_size)
 
 
-def open_model(shards, saved, precision, where):
+def open_model(shards, saved, given, precision, where):
     """The GPT to train, on its device: of the run to resume, with given weights, or fresh."""
     torch.manual_seed(seed)
     source = logdir.model_path(log_dir, saved["step"]) if saved else init_from
@@ -207,6 +198,10 @@ def open_model(shards, saved, precision, where):
         shards.check_tokenizer(source, enc)
         if model.config.block_size < T:
             sys.exit(f"--T={T} is more than {source}'s context: use --T={model.config.block_size}")
+        for key, value in ((key, getattr(model.config, key)) for key in ARCHITECTURE):
+            if given.get(key, value) != value:
+                sys.exit(f"--{key}={given[key]}: {source} has {key}={value}; leave it out")
+            globals()[key] = value
     else:
         parts = {key: globals()[key] for key in ARCHITECTURE}
         model = GPT(GPTConfig(block_size=T, vocab_size=shards.enc.n_vocab, **parts))
@@ -231,7 +226,7 @@ def fit_memory(model, train_model, room, world_size, where):
         kept = [torch.empty_like(p) for p in model.parameters() for _ in range(room)]
         rows = torch.zeros(B, T, dtype=torch.long, device=where)
         with pick_autocast(dtype, where, cache=False):
-            train_model(rows, rows).backward()
+            train_model(rows, rows.clone()).backward()  # one tensor for both would be another graph
         del kept  # until here
 
     train_model.require_backward_grad_sync = False  # DDP's processes need not all get so far
@@ -243,13 +238,14 @@ def fit_memory(model, train_model, room, world_size, where):
                 fit_micro_batch(False, world_size)
 
 
-def describe(model, order, precision, where, world_size):
+def describe(model, order, run, precision, where, world_size):
     """Print what is trained, on what; returns the tokens/s at an MFU of 1, None where that is not known."""
     name, peak = parallel.peak_flops(where, precision)
     compiled = "on" if pick_compile(compile, where) else "off"
     grad_accum_steps = total_batch_size // (B * T * world_size)
     print0(f"{world_size} x {name}, {str(precision)[6:]}, compile {compiled}")
     print0(f"{model.num_params() / 1e6:.2f}M parameters, context {T}, tokenizer {order.enc.name}")
+    print0(describe_schedule(run.settings, run.lengthened))
     print0(f"{total_batch_size:,} tokens a step ({grad_accum_steps} x {B} x {T} on each device)")
     for line in order.describe(total_batch_size // T):
         print0(line)
@@ -267,11 +263,11 @@ def due(every, run):
     return every > 0 and (run.step % every == 0 or run.step == end_of(run))
 
 
-def evaluations(model, mixture, order, autocast, ranks):
+def evaluations(model, validation, order, autocast, ranks):
     """{kind: (every so many steps, function of (run, log))}: what is done once in a while, in this order."""
     tasks, enc = {}, order.enc
-    if all(shards.val for shards in mixture):
-        tasks["val"] = eval_every, partial(evals.validate, model, mixture, B, T, val_tokens, autocast, ranks)
+    if validation:
+        tasks["val"] = eval_every, partial(evals.validate, model, validation, B, T, val_tokens, autocast, ranks)
     for kind, name, every, script, limit, with_items in (
         ("hella", "HellaSwag", hellaswag_every, hellaswag, hellaswag_limit, False),
         ("ewok", "EWoK", ewok_every, ewok, 0, ewok_items),
@@ -325,7 +321,7 @@ def save_due(run, log):
 def cool_down_if_stalled(run):
     """plateau: give the run its last step."""
     cooling = run.step >= end_of(run) - cooldown_steps
-    if schedule == "plateau" and run.step >= warmup_steps and not cooling and stalled(run.val_losses):
+    if schedule == "plateau" and run.step >= warmup_steps and not cooling and stalled(run.val_losses, patience):
         run.last_step = run.step + cooldown_steps
         print0(f"step {run.step:5d} | val loss has stalled: cooling down until step {run.last_step}")
 
@@ -338,7 +334,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     "finite"} and, if float16 has overflowed, the lower "loss_scale"; if it is not finite, the weights stay as they are.
     """
     start, where = time.perf_counter(), model.lm_head.weight.device
-    lr, sequences = get_lr(run.step, end_of(run)), total_batch_size // T
+    lr, sequences = get_lr(run.settings, run.step, end_of(run), run.lengthened), total_batch_size // T
     grad_accum_steps = sequences // (B * world_size)
     total = torch.zeros((), device=where)
     for micro_step, rows in enumerate(order.batches(run.tokens // T, sequences, B, rank, world_size)):
@@ -403,11 +399,11 @@ def finish(ending, log):
     parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
     if plot_every:
         log.draw(wait=60 if ending == "done" else 0)
-    again = logdir.resume_command(log_dir)
+    again = logdir.resume_command(log.path)
     if ending == "silent":
         said = f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved"
         sys.exit(f"{said}: start fineweb.py again, then {again}")
-    done = f"done; see what it writes: python sample.py --log_dir={log_dir}"
+    done = f"done; see what it writes: python sample.py --log_dir={shlex.quote(log.path)}"
     print0(done if ending == "done" else f"stopped; go on with: {again}")
 
 
@@ -423,16 +419,20 @@ def main(given):
     if data_dir == DEMO_DIR and "data_dir" not in given:
         parallel.local_first(partial(make_demo_shards, DEMO_DIR, keep=resume or eval_only))
     mixture = open_mixture(data_dir)
+    validation = evals.sources(mixture, val_dir, val_tokens)
     if eval_only:
-        return evals.print_validation(ckpt, log_dir, where, mixture, B, T, val_tokens, autocast, ranks)
+        return evals.print_validation(ckpt, log_dir, where, validation, B, T, val_tokens, autocast, ranks)
+    if schedule == "plateau" and not validation:
+        sys.exit("--schedule=plateau needs validation tokens: --val_dir= names shards that have some")
     fit_micro_batch("B" in given, world_size)
     order = train_order(mixture, T, seed)
 
     # The run, the model, and what trains it: as resume.pt has them, or fresh
-    saved = logdir.load_resume(log_dir) if resume else None
+    saved = logdir.load_resume(log_dir, resume_step) if resume else None
     settings, defaults = current_settings(globals()), file_settings(preset)
-    run = logdir.begin(log_dir, saved, given, mixture, T, settings, defaults, str(precision))
-    model = open_model(next(iter(mixture)), saved, precision, where)
+    run = logdir.begin(log_dir, saved, given, order, settings, defaults, str(precision))
+    model = open_model(next(iter(mixture)), saved, given, precision, where)
+    run.settings = current_settings(globals())  # with the weights' own architecture
     optimizers = model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
     scaler = torch.amp.GradScaler(where.split(":")[0], enabled=precision == torch.float16)
     if saved:
@@ -443,11 +443,11 @@ def main(given):
         train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
     if "B" not in given and where != "cpu":
         fit_memory(model, train_model, 0 if saved else 2, world_size, where)
-    full_speed = describe(model, order, precision, where, world_size)
+    full_speed = describe(model, order, run, precision, where, world_size)
 
     # What is done besides training, and where it is written down
-    tasks = evaluations(model, mixture, order, autocast, ranks)
-    log = logdir.LogDir(log_dir, saved, resume, writes=rank == 0)
+    tasks = evaluations(model, validation, order, autocast, ranks)
+    log = logdir.LogDir(log_dir, saved, resume, resume_step, writes=rank == 0)
     if not saved:
         dataset = " + ".join(str(shards.dataset) for shards in mixture)
         about = {"tokenizer": order.enc.name, "dataset": dataset, "parameters": model.num_params()}
@@ -470,6 +470,7 @@ def main(given):
         if not ending and run.step == end_of(run):
             ending = "done"
         if ending or save_due(run, log):
+            run.data = order.contents()
             log.save(run, model, optimizers, scaler, order.enc, val_loss, keep_checkpoints)
             if plot_every < 0 and not ending:
                 log.draw()

@@ -15,12 +15,12 @@ import json
 import os
 import sys
 
-import tiktoken
-
 from configurator import configure
 from fineweb import Documents, cut
 from shards import write_whole
 from tokenizer import EOT, PATTERNS, load_tokenizer, own_name, tokenizer_state
+
+import tiktoken
 
 # -- settings: override any with --key=value --------------------------------------
 data = "fineweb-edu"  # what to train on: a name or a path, as fineweb.py's --dataset

@@ -3,41 +3,74 @@
 They are read for model.py's load_model(), and turned into what model.py calls them.
 """
 
-import glob
 import json
 import os
 import pickle
+import re
 import sys
+
+from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
 
 import torch
 from torch.nn import functional as F
-
-from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def find_checkpoint(ckpt, log_dir):
-    """The path of a .pt checkpoint; exits if there is none."""
-    if ckpt != "latest":
+    """The path of a .pt file, or of the latest, by its step, or best, by its validation loss, of log_dir; or exits."""
+    if ckpt not in ("latest", "best"):
         if not os.path.isfile(ckpt):
-            choices = f"latest, {', '.join(OPENAI_MODELS)}, a .pt file or a Hugging Face folder"
+            choices = f"latest, best, {', '.join(OPENAI_MODELS)}, a .pt file or a Hugging Face folder"
             sys.exit(f"{ckpt}: no such checkpoint; use {choices}")
         return ckpt
-    found = glob.glob(os.path.join(glob.escape(log_dir), "model_*.pt"))
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    found = {int(m[1]): os.path.join(log_dir, m[0]) for name in names if (m := re.fullmatch(r"model_(\d+)\.pt", name))}
     if not found:
         sys.exit(f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= names another")
-    return max(found, key=os.path.getmtime)
+    if ckpt == "latest":
+        return found[max(found)]
+    losses = {path: load_checkpoint(path, mmap=True).get("val_loss") for path in found.values()}
+    losses = {path: loss for path, loss in losses.items() if loss is not None and loss == loss}
+    return min(losses, key=losses.get) if losses else sys.exit(f"no checkpoint in {log_dir}/ has a validation loss")
+
+
+class PeersConfig:
+    """What build-nanogpt's checkpoints hold as __main__.GPTConfig: its values are all that is taken from them."""
 
 
 def load_checkpoint(path, mmap=False):
     """The dict in a .pt file, on the CPU. Plain tensors and values only: a file with code is refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([(PeersConfig, "__main__.GPTConfig")]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
     except Exception as e:  # torch's reader raises whatever its parts do on a file that is none
         sys.exit(f"{path}: not a whole checkpoint file ({str(e).partition(chr(10))[0] or type(e).__name__})")
+
+
+def read_checkpoint(path):
+    """(config, state, tokenizer, step) of a .pt file: ours, nanoGPT's ckpt.pt or build-nanogpt's model_*.pt.
+
+    nanoGPT computes GELU exactly, and this project by tanh: its losses differ in the fourth digit here.
+    """
+    saved = load_checkpoint(path)
+    try:
+        if "tokenizer" in saved:
+            return saved["config"], saved["model"], saved["tokenizer"], saved.get("step", 0)
+        theirs = saved["model_args"] if "model_args" in saved else vars(saved["config"])
+        config = {"vocab_size": 50257, "bias": theirs.get("bias", True)}
+        config |= {key: theirs[key] for key in ("block_size", "n_layer", "n_head", "n_embd")}
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".attn.bias")}  # a causal mask
+        wte, step = state["transformer.wte.weight"], saved.get("iter_num", saved.get("step"))
+    except (KeyError, TypeError, AttributeError) as e:
+        sys.exit(f"{path}: not a checkpoint of this project's GPT-2, of nanoGPT or build-nanogpt ({e})")
+    if len(wte) not in (50257, 50304):
+        sys.exit(f"{path}: its {len(wte)} tokens are not GPT-2's: are they meta.pkl's characters?")
+    state["transformer.wte.weight"] = state["lm_head.weight"] = F.pad(wte, (0, 0, 0, 50304 - len(wte)))
+    return config, state, "gpt2", step
 
 
 def read_hugging_face(source):

@@ -2,11 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch

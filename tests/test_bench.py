@@ -3,10 +3,10 @@
 import copy
 import re
 
+import bench
+
 import pytest
 import torch
-
-import bench
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--B=1", "--T=16", "--rounds=1", "--dtype=float32"]
 

@@ -6,16 +6,16 @@ import random
 import re
 import zipfile
 
-import pytest
-import requests
-import torch
-
+from conftest import read_jsonl, read_log
 import ewok
 import hellaswag
-from conftest import read_jsonl, read_log
 from model import GPT, GPTConfig, load_model
 from scoring import score_completions
 from tokenizer import load_tokenizer
+
+import pytest
+import requests
+import torch
 
 WORDS = "the a cat dog king tree red old sees runs holds over under and then slowly two houses water".split()
 

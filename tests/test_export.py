@@ -6,17 +6,17 @@ import json
 import re
 import sys
 
+from conftest import GPT2, TEXT, read_log
+from model import GPT, GPTConfig, load_model
+from test_model import hf_model
+import tokenizer as tokenizer_module
+from tokenizer import EOT, PATTERNS, load_tokenizer, tokenizer_state
+from train_tokenizer import train
+
 import numpy as np
 import pytest
 import torch
 import transformers
-
-import tokenizer as tokenizer_module
-from conftest import GPT2, TEXT, read_log
-from model import GPT, GPTConfig, load_model
-from test_model import hf_model
-from tokenizer import EOT, PATTERNS, load_tokenizer, tokenizer_state
-from train_tokenizer import train
 
 ODD = [
     *TEXT.splitlines(keepends=True)[:5],

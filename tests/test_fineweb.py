@@ -6,14 +6,14 @@ import gzip
 import json
 import time
 
-import numpy as np
-import pytest
-
-import fineweb
 from conftest import TEXT
+import fineweb
 from fineweb import Documents, read_text, tokenize, write_shards
 from shards import ShardWriter
 from tokenizer import EOT, load_tokenizer
+
+import numpy as np
+import pytest
 
 ENC = load_tokenizer("bytes")
 TEXTS = [

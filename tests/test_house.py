@@ -2,9 +2,9 @@
 
 import ast
 
-import pytest
-
 from conftest import ROOT
+
+import pytest
 
 FILES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 

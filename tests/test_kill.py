@@ -7,18 +7,18 @@ import contextlib
 import filecmp
 import json
 import os
+from pathlib import Path
 import random
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
-
-import pytest
 
 from conftest import TEXT, command, read_log
-from model import load_checkpoint
 from test_train import assert_same_run
+from weights import load_checkpoint
+
+import pytest
 
 RUN = [
     "--preset=tiny", "--data_dir=shards", "--n_layer=1", "--n_head=1", "--n_embd=16", "--T=16", "--B=8",

@@ -2,27 +2,28 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 from unittest import mock
-
-import pytest
-import torch
-import transformers
-from torch.nn import functional as F
 
 import model as code
 from model import (
     GPT,
     GPTConfig,
     attend,
-    load_checkpoint,
     load_model,
     sample_token,
 )
 from parallel import pick_device, pick_dtype
 from sample import stream_text
 from tokenizer import load_tokenizer
+from weights import load_checkpoint
+
+import pytest
+import torch
+from torch.nn import functional as F
+import transformers
 
 SHAPES = {
     "small": dict(n_layer=2, n_head=2, n_embd=64, n_positions=48, vocab_size=257),
@@ -396,18 +397,20 @@ def checkpoint(path, **changes):
     return model
 
 
-def test_latest_is_the_newest_checkpoint(tmp_path):
-    import os
-
-    checkpoint(tmp_path / "model_00009.pt")
-    model = checkpoint(tmp_path / "model_00001.pt")
-    with torch.no_grad():
-        model.transformer.wpe.weight.zero_()
-    checkpoint(tmp_path / "model_00001.pt", model=model.state_dict())
-    os.utime(tmp_path / "model_00009.pt", (1, 1))
-    found, _ = load_model("latest", log_dir=str(tmp_path))
-    assert torch.all(found.transformer.wpe.weight == 0)
-    assert found.lm_head.weight is found.transformer.wte.weight
+def test_latest_is_the_last_checkpoint_and_best_the_one_of_the_lowest_loss(tmp_path, capsys):
+    """Whatever the time of a file is, and other files beside them; which it was is told."""
+    for step, loss in ((99, 3.0), (100_000, None), (5000, 2.0), (40, float("nan"))):
+        checkpoint(tmp_path / f"model_{step:05d}.pt", step=step, val_loss=loss)
+    checkpoint(tmp_path / "model_best.pt", step=7, val_loss=1.0)
+    os.utime(tmp_path / "model_100000.pt", (1, 1))
+    for ckpt, step in (("latest", 100_000), ("best", 5000)):
+        found, _ = load_model(ckpt, log_dir=str(tmp_path))
+        assert capsys.readouterr().err == f"{tmp_path}/model_{step:05d}.pt: step {step}\n"
+        assert found.lm_head.weight is found.transformer.wte.weight
+    (tmp_path / "model_05000.pt").unlink()
+    (tmp_path / "model_00099.pt").unlink()
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* has a validation loss"):
+        load_model("best", log_dir=str(tmp_path))
 
 
 def test_damaged_checkpoints(tmp_path, monkeypatch):
@@ -419,7 +422,7 @@ def test_damaged_checkpoints(tmp_path, monkeypatch):
             load_model(ckpt, log_dir="nowhere")
         assert "\n" not in e.value.code
 
-    fails(r"c\.pt: no such checkpoint; use latest, gpt2, ")
+    fails(r"c\.pt: no such checkpoint; use latest, best, gpt2, ")
     fails(r"no checkpoint in nowhere/: python train_gpt2\.py makes one", "latest")
     checkpoint(path)
     path.write_bytes(path.read_bytes()[:5000])

@@ -5,21 +5,23 @@ import os
 import re
 import signal
 
-import numpy as np
-import pytest
-import torch
-import transformers
-from torch.nn import functional as F
-
-import export
 from conftest import TEXT, read_jsonl, read_log
+import export
 from fineweb import write_shards
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
 from order import Mixture, TrainOrder, parse_mixture
+from schedule import stalled
 from scoring import score_completions
 from shards import Shards
 from test_train import SMALL, assert_same_run
 from tokenizer import load_tokenizer
+from weights import load_checkpoint
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+import transformers
 
 CHOICES = {
     "pos": ("learned", "rope"),
@@ -262,13 +264,10 @@ def test_plateau_cools_down_when_the_loss_stalls(run, tmp_path):
 
 
 def test_a_spike_is_no_plateau():
-    import train_gpt2
-
-    train_gpt2.patience = 3
-    assert not train_gpt2.stalled([5.0, 4.0, 9.0, 9.0, 3.9])  # the best of the last three is a gain
-    assert not train_gpt2.stalled([5.0, 4.0, 4.0])
-    assert train_gpt2.stalled([5.0, 4.0, 4.0, 3.9999, 9.0])
-    assert train_gpt2.stalled([3.0, 9.0, 9.0, 9.0])
+    assert not stalled([5.0, 4.0, 9.0, 9.0, 3.9], 3)  # the best of the last three is a gain
+    assert not stalled([5.0, 4.0, 4.0], 3)
+    assert stalled([5.0, 4.0, 4.0, 3.9999, 9.0], 3)
+    assert stalled([3.0, 9.0, 9.0, 9.0], 3)
 
 
 # -- processes, resuming ----------------------------------------------------------------

@@ -4,13 +4,13 @@ import json
 import math
 import sys
 
+from conftest import GPT2, read_log
+import plot
+
 import matplotlib.figure
 import numpy as np
-import pytest
 from PIL import Image
-
-import plot
-from conftest import GPT2, read_log
+import pytest
 
 
 def write_log(folder, steps, tokenizer="gpt2", dataset="fineweb-edu", every=10, metrics=True):

@@ -2,10 +2,10 @@
 
 import io
 
+from model import GPT, GPTConfig
+
 import pytest
 import torch
-
-from model import GPT, GPTConfig
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
 from conftest import ROOT
 from order import TrainOrder, read_windows, val_windows
 from shards import Shards, ShardWriter
 from tokenizer import load_tokenizer
+
+import numpy as np
+import pytest
 
 ENC = load_tokenizer("bytes")
 

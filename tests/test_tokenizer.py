@@ -1,9 +1,9 @@
 import base64
 import json
 
-import pytest
-
 from tokenizer import EOT, load_tokenizer, token_byte_lengths, tokenizer_state
+
+import pytest
 
 ODD = [
     "",
