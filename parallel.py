@@ -253,10 +253,7 @@ def explain(e, B, folder):
         return f"{e.filename or folder}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
 
-SMALLER = "out of memory: try a smaller --batch_tokens or --num_samples, or a smaller model"
-
-
-def run_script(main, explain=lambda e: out_of_memory(e) and SMALLER):
+def run_script(main, explain=lambda e: out_of_memory(e) and "out of memory: try less at once, or a smaller model"):
     """main(), and the end of the processes. An error ends them all with one line, said once.
 
     explain(exception) is the line for one that is no fault of the code, None for others, which are raised.

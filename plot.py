@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 
 from configurator import configure
@@ -30,6 +31,7 @@ ckpt = "latest"  # of --what=wpe: latest (in the folder), a .pt file, gpt2 ... g
 
 GPT2_LOSS = 3.2924
 HELLASWAG = ((0.2946, "GPT-2 124M"), (0.337, "GPT-3 124M"))
+LINE = r"^(\d+) (\w+) (-?(?:[\d.]+(?:e[-+]?\d+)?|inf|nan))\n"  # a record in log.txt
 COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 
 
@@ -37,31 +39,32 @@ def read_run(folder):
     """(run, about): the records of a log folder, and the dict of its run record.
 
     run is {kind: {"step": array, key: array, ..., "rows": the records as dicts}}. Values that a record lacks, or that
-    are not numbers, are nan; a line that is still being written is left out. Exits if there is no log.
+    are not numbers, are nan; what is no record is left out. A file may be what nanoGPT has printed. Exits if there is
+    no log.
     """
     records = {}  # {kind: {step: {key: value}}}
-    path = os.path.join(folder, "log.txt")
+    path = folder if os.path.isfile(folder) else os.path.join(folder, "log.txt")
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
-                step, kind, value = [*line.split(), "", "", ""][:3]
-                if line.endswith("\n") and step.isdigit():
+                for step, kind, value in re.findall(LINE, line) or spoken(line):
                     records.setdefault(kind, {})[int(step)] = {"value": float(value)}
-    except (OSError, ValueError) as e:
-        sys.exit(f"{path}: not a log that can be read ({e}); --logs= names the folders of runs")
+    except OSError as e:
+        sys.exit(f"{path}: cannot be read ({e.strerror}); --logs= names the folders of runs")
     if not records:
         sys.exit(f"{path}: is empty; python train_gpt2.py writes it")
     about = {"tokenizer": "gpt2", "dataset": "fineweb-edu"}  # build-nanogpt's, which has only a log.txt
     path = os.path.join(folder, "metrics.jsonl")
-    for line in open(path) if os.path.exists(path) else ():
+    for line in open(path, encoding="utf-8", errors="replace") if os.path.isfile(path) else ():
         try:
             record = json.loads(line)
-        except ValueError:
+            kind, step = record["kind"], record["step"]
+            if kind == "run":
+                about = record
+            elif step in records.get(kind, {}):
+                records[kind][step] |= record
+        except (ValueError, KeyError, TypeError):  # a line that is still being written, or somebody's own
             continue
-        if record["kind"] == "run":
-            about = record
-        elif record["step"] in records.get(record["kind"], {}):
-            records[record["kind"]][record["step"]] |= record
     run = {}
     for kind, by_step in records.items():
         steps = sorted(by_step)
@@ -70,6 +73,14 @@ def read_run(folder):
         run[kind] = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
         run[kind] |= {"step": np.array(steps), "rows": rows}
     return run, about
+
+
+def spoken(line):
+    """The records in a line that nanoGPT's train.py prints."""
+    match = re.match(r"iter (\d+): loss ([\d.]+)|step (\d+): train loss [\d.]+, val loss ([\d.]+)", line)
+    if match is None:
+        return []
+    return [(match[1], "train", match[2]) if match[1] else (match[3], "val", match[4])]
 
 
 def axis(run, kind):

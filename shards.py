@@ -279,9 +279,8 @@ class Shards:
         if not has_shards(data_dir):
             where = shlex.quote(data_dir)
             if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
-                sys.exit(
-                    f"{data_dir}: holds no shards; python fineweb.py --dataset={where} --out_dir=my_shards makes some"
-                )
+                hint = f"python fineweb.py --dataset={where} --out_dir=my_shards"
+                sys.exit(f"{data_dir}: holds no shards; make them with {hint}")
             sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={where}")
         meta = self.refresh()
         self.dataset, name = meta.get("dataset"), meta["tokenizer"]

@@ -112,7 +112,7 @@ MODERN = dict(
 PRESETS = {
     "tiny": MODERN | dict(  # with ReLU^2, since torch's tanh-GELU is slow on CPUs
         n_layer=3, n_head=4, n_embd=128, mlp="relu2", B=16, T=128, total_batch_size=2048,
-        max_steps=1100, warmup_steps=20, max_lr=5e-3, schedule="cosine", beta2=0.99,
+        max_steps=1100, warmup_steps=20, cooldown_steps=110, max_lr=5e-3, schedule="cosine", beta2=0.99,
         eval_every=275, hellaswag_every=0, ewok_every=0, save_every=275,
         sample_every=275, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),

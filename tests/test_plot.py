@@ -144,7 +144,7 @@ def test_mistakes(run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.txt").write_text("")
     for args, message in (
-        (["--logs=gone"], r"gone/log\.txt: not a log that can be read"),
+        (["--logs=gone"], r"gone/log\.txt: cannot be read"),
         (["--logs=empty"], r"empty/log\.txt: is empty"),
         (["--logs="], r"--logs=: expected 1 to 6 folders"),
         (["--x=days"], r"--x=days: choose step, tokens or hours"),

@@ -1,0 +1,500 @@
+"""Runs under real hands: pipes, short and long runs, copies, terminals, launchers. Each test is a situation."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import TEXT, command, read_jsonl, read_log
+from model import GPT, GPTConfig, load_model
+import parallel
+from schedule import describe_schedule, get_lr
+from test_train import SMALL, assert_same_run
+from weights import load_checkpoint
+
+import numpy as np
+import pytest
+import torch
+
+LONG = [arg for arg in SMALL if not arg.startswith(("--max_steps", "--save_every"))] + ["--max_steps=100000"]
+
+
+def wait_for(path, text, seconds=60):
+    end = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end, f"no {text!r} in {path}"
+        time.sleep(0.05)
+
+
+def shell(line, cwd, **how):
+    """A command line of a shell, in a process group of its own."""
+    return subprocess.Popen(["bash", "-c", line], cwd=cwd, start_new_session=True, text=True, **how)
+
+
+def quoted(*args):
+    return " ".join(f"'{arg}'" for arg in args)
+
+
+# -- terminals and pipes --------------------------------------------------------------
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_pipe_still_saves(shards, tmp_path, signum):
+    """`train_gpt2.py | tee run.log`, then Ctrl-C: tee is gone first, and nothing can be printed any more."""
+    run = shell(f"{quoted(*command('train_gpt2.py', *LONG))} | tee run.log", tmp_path)
+    wait_for(tmp_path / "log" / "log.txt", "\n5 train")
+    os.killpg(run.pid, signum)
+    run.wait(60)
+    wait_for(tmp_path / "log" / "log.txt", "")
+    end = time.monotonic() + 30
+    while not (tmp_path / "log" / "resume.pt").exists():
+        assert time.monotonic() < end, "nothing was saved"
+        time.sleep(0.1)
+    time.sleep(0.5)
+    saved = load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"]
+    assert saved == max(read_log(tmp_path / "log", "train")) + 1, "no step was lost"
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(shards, tmp_path):
+    line = f"set -o pipefail; {quoted(*command('train_gpt2.py', *SMALL))} 2>&1 | head -n 2"
+    assert shell(line, tmp_path, stdout=subprocess.PIPE).wait(60) == 0
+    assert (
+        list(read_log(tmp_path / "log", "train")) == list(range(8)) and (tmp_path / "log" / "model_00008.pt").exists()
+    )
+
+
+def test_head_ends_other_scripts_without_a_word(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL)
+    for args in (["sample.py", "--max_new_tokens=60"], ["train_gpt2.py", "--help"]):
+        line = f"set -o pipefail; {quoted(*command(*args))} | head -c 1"
+        result = shell(line, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        _, err = result.communicate(timeout=60)
+        assert result.returncode == 0 and "Traceback" not in err and "Broken" not in err, err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_is_not_utf8(run, shards, tmp_path, encoding):
+    run("train_gpt2.py", *SMALL)
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    how = {"cwd": tmp_path, "capture_output": True, "env": env, "timeout": 60}
+    result = subprocess.run(command("sample.py", "--prompt=Łódź 日本", "--max_new_tokens=40"), **how)
+    assert result.returncode == 0 and result.stdout.startswith("Łódź ??".encode(encoding, "replace")), result.stderr
+    bad = subprocess.run([*command("sample.py"), b"--prompt=\xff\xfe"], **how)
+    assert bad.returncode == 1 and bad.stderr.splitlines()[-1] == b"--prompt: is not UTF-8"
+
+
+# -- schedules ----------------------------------------------------------------------
+def settings(**changes):
+    return {
+        "schedule": "cosine", "max_steps": 19073, "warmup_steps": 715, "cooldown_steps": 1900, "max_lr": 6e-4,
+        "min_lr": 6e-5,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], "19,073 steps, cosine: warmup 715, stable 0, decay 18,358"),
+        (["--max_steps=200"], "200 steps, cosine: warmup 8, stable 0, decay 192"),
+        (["--max_steps=57219"], "57,219 steps, cosine: warmup 2,145, stable 0, decay 55,074"),
+        (["--max_steps=1000", "--preset=modern"], "1,000 steps, wsd: warmup 38, stable 863, decay 99"),
+        (["--max_steps=1000", "--warmup_steps=5"], "1,000 steps, cosine: warmup 5, stable 0, decay 995"),
+        (["--max_steps=1", "--preset=modern"], "1 steps, wsd: warmup 1, stable 0, decay 0"),
+    ],
+)
+def test_what_is_not_given_keeps_its_share_of_the_run(monkeypatch, args, line):
+    import configurator
+    import train_gpt2
+
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--data_dir=x", *args])
+    module = dict(vars(train_gpt2))
+    configurator.configure(module, train_gpt2.default_settings)
+    assert describe_schedule(module) == line
+    rates = [get_lr(module, step, module["max_steps"]) for step in range(module["max_steps"])]
+    assert max(rates) == module["max_lr"] and (len(rates) == 1 or rates[-1] < 0.2 * module["max_lr"])
+
+
+def test_what_is_given_and_does_not_fit_is_one_line(run, shards):
+    with pytest.raises(SystemExit, match=r"--warmup_steps=9: more than --max_steps=8; use --warmup_steps=0, or leave"):
+        run("train_gpt2.py", *SMALL, "--warmup_steps=9")
+    why = r"--warmup_steps=2 --cooldown_steps=7: more than --max_steps=8; use --warmup_steps=0 --cooldown_steps=0, or"
+    with pytest.raises(SystemExit, match=why):
+        run("train_gpt2.py", *SMALL, "--schedule=wsd", "--cooldown_steps=7")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "plateau"])
+def test_a_run_that_is_made_longer_warms_up_again(run, shards, tmp_path, schedule):
+    """No jump: from the rate it ended at, within warmup_steps, to what the longer schedule has; plateaus go on."""
+    args = [*SMALL, f"--schedule={schedule}", "--warmup_steps=4", "--cooldown_steps=3", "--max_steps=16"]
+    stall = ["--patience=1", "--eval_every=1", "--max_lr=1e-12", "--min_lr=1e-13"] if schedule == "plateau" else []
+    run("train_gpt2.py", *args, *stall)
+    ended = max(read_log(tmp_path / "log", "train")) + 1
+    assert (ended < 16) == (schedule == "plateau")
+    out = run("train_gpt2.py", "--resume", "--max_steps=40")
+    assert "longer than it was: the learning rate rises again from" in out and f"from step {ended} on" in out
+    rates = [r["lr"] for r in read_jsonl(tmp_path / "log" / "metrics.jsonl") if r["kind"] == "train"]
+    highest = max(rates[:ended])
+    rises = [b - a for a, b in zip(rates[ended - 1 :], rates[ended:], strict=False)]
+    assert len(rates) > ended + 8 and 0 < max(rises) < 0.4 * highest, "it rises, by steps no larger than a warmup's"
+    assert max(rates[ended:]) > 0.6 * highest and rates[-1] < 0.5 * highest
+    if schedule != "plateau":
+        longer = settings(schedule=schedule, max_steps=40, warmup_steps=4, cooldown_steps=7, max_lr=1e-2, min_lr=1e-3)
+        assert rates[ended + 5 :] == pytest.approx([get_lr(longer, step, 40) for step in range(ended + 5, 40)])
+
+
+# -- checkpoints --------------------------------------------------------------------
+def test_going_back(run, shards, tmp_path):
+    """From an earlier checkpoint: the same run again; what was behind it is set aside, and can go on itself."""
+    run("train_gpt2.py", *SMALL)
+    shutil.copytree(tmp_path / "log", tmp_path / "first")
+    out = run("train_gpt2.py", "--resume_step=3")
+    assert "resuming log at step 3" in out and "log/ had gone on behind step 3: that is in log/old_1/" in out
+    assert_same_run(tmp_path / "first", tmp_path / "log")
+    assert read_log(tmp_path / "log" / "old_1", "train") == read_log(tmp_path / "first", "train")
+    assert {p.name for p in (tmp_path / "log" / "old_1").glob("*.pt")} == {
+        "resume.pt", "model_00006.pt", "model_00008.pt", "resume_00006.pt",
+    }  # fmt: skip
+    assert "nothing" not in run("train_gpt2.py", "--resume", "--log_dir=log/old_1", "--max_steps=9")
+    assert max(read_log(tmp_path / "log" / "old_1", "train")) == 8
+    with pytest.raises(SystemExit, match=r"log/resume_00005\.pt: there is none; --resume_step= goes back to 3, 6"):
+        run("train_gpt2.py", "--resume_step=5")
+
+
+def test_the_newest_model_deleted(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL)
+    (tmp_path / "log" / "model_00008.pt").unlink()
+    with pytest.raises(SystemExit, match=r"model_00008\.pt, which is missing; --resume_step= goes back to 3, 6"):
+        run("train_gpt2.py", "--resume")
+    run("train_gpt2.py", "--resume_step=6")
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
+
+
+def test_checkpoints_that_are_not_kept_leave_nothing_to_go_back_to(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--keep_checkpoints=1", "--save_every=2", "--eval_every=0")
+    assert {p.name for p in (tmp_path / "log").glob("*.pt")} == {"model_00008.pt", "resume_00008.pt", "resume.pt"}
+    assert os.stat(tmp_path / "log" / "resume.pt").st_nlink == 2, "one file on the disk"
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+def test_the_log_folder_is_gone(run, shards, tmp_path, at_step, how):
+    """In the middle of a run: it goes on in a folder beside it, with all its records."""
+    run("train_gpt2.py", *SMALL, "--log_dir=whole")
+
+    def gone():
+        os.rename(tmp_path / "log", tmp_path / "elsewhere") if how == "moved" else shutil.rmtree(tmp_path / "log")
+
+    at_step(4, gone)
+    out = run("train_gpt2.py", *SMALL)
+    assert "log/ cannot be written any more (No such file or directory): this run goes on in log_1/" in out
+    assert "python sample.py --log_dir=log_1" in out
+    assert (tmp_path / "log_1" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
+    at_step(-1, None)
+    run("train_gpt2.py", "--resume", "--log_dir=log_1", "--max_steps=9")
+
+
+def test_edited_logs(run, shards, tmp_path):
+    """Notes among the records stay; what is no record harms neither the run nor its picture."""
+    run("train_gpt2.py", *SMALL, "--max_steps=6")
+    log, metrics = tmp_path / "log" / "log.txt", tmp_path / "log" / "metrics.jsonl"
+    log.write_bytes(b"# a caf\xe9 note\n" + log.read_bytes() + b"half a li")
+    metrics.write_bytes(b'null\n5\n{"kind": "mine"}\n{"a": "\xe9"}\n[1]\n' + metrics.read_bytes())
+    run("train_gpt2.py", "--resume", "--max_steps=8")
+    assert log.read_bytes().startswith(b"# a caf\xe9 note\n0 val") and b"half" not in log.read_bytes()
+    assert metrics.read_bytes().startswith(b'null\n5\n{"kind": "mine"}\n{"a": "\xe9"}\n[1]\n')
+    assert "best val loss" in run("plot.py")
+
+
+# -- data ---------------------------------------------------------------------------
+def test_other_data_of_the_same_size(run, shards, tmp_path):
+    run("train_gpt2.py", *SMALL)
+    path = next(shards.glob("*train_000001.npy"))
+    tokens = np.load(path)
+    np.save(path, tokens[::-1].copy())
+    with pytest.raises(SystemExit, match=r"shards: not the same shards: the run in log needs those that it has read"):
+        run("train_gpt2.py", "--resume", "--max_steps=9")
+    np.save(path, tokens)
+    meta = shards / "meta.json"
+    meta.write_text(meta.read_text().replace('"dataset": "toy"', '"dataset": "other"'))
+    with pytest.raises(SystemExit, match=r"shards: holds other, not toy: the run in log needs"):
+        run("train_gpt2.py", "--resume", "--max_steps=9")
+
+
+def test_shards_added(run, shards, tmp_path):
+    """In the first epoch they are its end; later they would change the order of what is left."""
+    run("train_gpt2.py", *SMALL, "--max_steps=2")
+    folder = tmp_path / "log2"
+    run("train_gpt2.py", *SMALL, "--max_steps=40", "--log_dir=log2")
+    assert max(r.get("epoch", 0) for r in read_jsonl(folder / "metrics.jsonl")) > 1
+    meta = json.loads((shards / "meta.json").read_text())
+    new = dict(meta["shards"][-1], file="toy_train_000099.npy")
+    shutil.copy(shards / meta["shards"][-1]["file"], shards / new["file"])
+    meta["shards"].append(new)
+    (shards / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match=r"shards: shards were added, which changes the order of the epochs behind"):
+        run("train_gpt2.py", "--resume", "--log_dir=log2", "--max_steps=41")
+    run("train_gpt2.py", "--resume", "--max_steps=3")
+
+
+def test_sources_without_validation_tokens(run, shards, tmp_path):
+    """Told at the start; the others are measured, and one without any goes without."""
+    shutil.copytree(shards, tmp_path / "bare")
+    meta = json.loads((tmp_path / "bare" / "meta.json").read_text())
+    meta["shards"] = [shard for shard in meta["shards"] if shard["split"] == "train"]
+    (tmp_path / "bare" / "meta.json").write_text(json.dumps(meta))
+    out = run("train_gpt2.py", *SMALL, "--data_dir=bare", "--log_dir=none")
+    assert out.count("bare has no validation tokens: there is no validation loss (fineweb.py --val_tokens=") == 1
+    assert read_log(tmp_path / "none", "val") == {} and len(read_log(tmp_path / "none", "train")) == 8
+    out = run("train_gpt2.py", *SMALL, "--data_dir=shards:0.5,bare:0.5", "--log_dir=half")
+    assert "bare has no validation tokens: the validation loss is that of the others" in out
+    run("train_gpt2.py", *SMALL, "--data_dir=bare", "--val_dir=shards", "--log_dir=other")
+    assert list(read_log(tmp_path / "other", "val")) == list(read_log(tmp_path / "half", "val")) == [0, 3, 6, 8]
+    with pytest.raises(SystemExit, match="--schedule=plateau needs validation tokens"):
+        run("train_gpt2.py", *SMALL, "--data_dir=bare", "--schedule=plateau")
+    with pytest.raises(SystemExit, match="there is nothing to measure the loss on"):
+        run("train_gpt2.py", "--eval_only=True", "--data_dir=bare")
+
+
+@pytest.mark.parametrize(("size", "val_tokens"), [(2000, 500), (2000, 3000), (100_000, 500), (100_000, 5000)])
+def test_the_size_of_the_validation_split(tmp_path, run, size, val_tokens):
+    (tmp_path / "my.txt").write_text(TEXT)
+    run(
+        "fineweb.py",
+        "--dataset=my.txt",
+        "--tokenizer=bytes",
+        "--out_dir=x",
+        f"--shard_size={size}",
+        f"--val_tokens={val_tokens}",
+    )
+    meta = json.loads((tmp_path / "x" / "meta.json").read_text())
+    sizes = [shard["tokens"] for shard in meta["shards"]]
+    assert abs(sizes[0] - val_tokens) <= (0 if size == 2000 else val_tokens // 2)
+    tokens = [np.load(tmp_path / "x" / shard["file"]) for shard in meta["shards"]]
+    order = tokens if size == 2000 else [*tokens[1:], tokens[0]]
+    assert bytes(np.concatenate(order)[1:].astype(np.uint8)) == TEXT.encode()
+    with pytest.raises(SystemExit, match=r"--val_tokens=1000000: all that there is are \d+ tokens"):
+        run("fineweb.py", "--dataset=my.txt", "--tokenizer=bytes", "--out_dir=y", "--val_tokens=1000000")
+
+
+def test_the_demo_says_how_much_it_uses(run, tmp_path):
+    (tmp_path / "input.txt").write_text("All work and no play. " * 100_000)
+    assert "on input.txt, its first 2,000,000 bytes\n" in run("train_gpt2.py", "--max_steps=1", "--sample_every=0")
+
+
+def test_init_from_keeps_its_own_architecture(run, shards, tmp_path):
+    """And what is recorded is what is trained."""
+    run("train_gpt2.py", *SMALL)
+    rest = [arg for arg in SMALL if not arg.startswith(("--n_", "--pos", "--norm", "--mlp", "--qk", "--bias"))]
+    run("train_gpt2.py", *rest, "--init_from=log/model_00008.pt", "--log_dir=tuned")
+    for about in (
+        read_jsonl(tmp_path / "tuned" / "metrics.jsonl")[0],
+        load_checkpoint(str(tmp_path / "tuned/model_00008.pt")),
+    ):
+        assert {k: about["settings"][k] for k in ("n_layer", "n_embd", "pos", "mlp", "bias")} == {
+            "n_layer": 2, "n_embd": 32, "pos": "learned", "mlp": "gelu", "bias": True,
+        }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"--n_layer=7: log/model_00008\.pt has n_layer=2; leave it out"):
+        run("train_gpt2.py", *rest, "--init_from=log/model_00008.pt", "--log_dir=x", "--n_layer=7")
+    run("train_gpt2.py", *rest, "--init_from=log/model_00008.pt", "--log_dir=tuned", "--resume")  # the same command
+    for other in ("--init_from=log/model_00003.pt", "--ckpt=log/model_00003.pt"):
+        with pytest.raises(SystemExit, match=r"--init_from=|--ckpt= is for --eval_only"):
+            run("train_gpt2.py", "--resume", "--log_dir=tuned", other)
+
+
+# -- machines -----------------------------------------------------------------------
+def test_home_is_where_the_tilde_is(run, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mine.py").write_text('\ufeffdata_dir = "~/shards"\n', encoding="utf-8")
+    args = [arg for arg in SMALL if not arg.startswith("--data_dir")]
+    for script, *more in (
+        ["train_gpt2.py", *args, "mine.py", "--log_dir=~/log"],
+        ["sample.py", "--log_dir=~/log", "--out=~/x.txt"],
+    ):
+        out = subprocess.run(command(script, *more), capture_output=True, text=True, timeout=60)
+        assert out.returncode == 0, out.stderr
+    assert (tmp_path / "log" / "model_00008.pt").exists() and (tmp_path / "x.txt").exists()
+    (tmp_path / "p.txt").write_text("Once")
+    out = subprocess.run(
+        command("sample.py", "--log_dir=~/log", "--prompt=FILE:~/p.txt"), capture_output=True, text=True
+    )
+    assert out.stdout.startswith("Once")
+    assert os.listdir(tmp_path / "elsewhere") == ["mine.py"]
+
+
+def test_launchers_that_say_less_than_torchrun(shards, tmp_path):
+    """RANK, LOCAL_RANK and WORLD_SIZE alone, as from srun; empty ones; no address."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763", "WORLD_SIZE": "2"}
+    how = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    two = [
+        subprocess.Popen(command("train_gpt2.py", *SMALL), env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, **how)
+        for i in range(2)
+    ]
+    for process in two:
+        _, err = process.communicate(timeout=90)
+        assert process.returncode == 0, err
+    empty = subprocess.run(
+        command("train_gpt2.py", *SMALL, "--log_dir=one"), env=env | {"RANK": "", "WORLD_SIZE": ""},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert empty.returncode == 0, empty.stderr
+    assert read_log(tmp_path / "one", "train") == pytest.approx(read_log(tmp_path / "log", "train"), abs=5e-5)
+    del env["MASTER_ADDR"]
+    lost = subprocess.run(
+        command("train_gpt2.py", *SMALL),
+        env=env | {"RANK": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "MASTER_ADDR" in lost.stderr.splitlines()[-1] and "torchrun sets all" in lost.stderr, lost.stderr
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch):
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert parallel.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_names_that_others_use(run):
+    for script, key, ours in (
+        ("train_gpt2.py", "lr", "max_lr"), ("train_gpt2.py", "learning_rate", "max_lr"),
+        ("train_gpt2.py", "batch_size", "B"), ("train_gpt2.py", "block_size", "T"),
+        ("train_gpt2.py", "out_dir", "log_dir"), ("sample.py", "start", "prompt"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=rf"--{key}=1: that is --{ours}= here"):
+            run(script, f"--{key}=1")
+
+
+def test_texts_where_shards_should_be(run, tmp_path):
+    (tmp_path / "my text's.txt").write_text("x")
+    (tmp_path / "texts").mkdir()
+    shutil.copy(tmp_path / "my text's.txt", tmp_path / "texts")
+    for name in ("my text's.txt", "texts"):
+        with pytest.raises(SystemExit) as e:
+            run("train_gpt2.py", f"--data_dir={name}")
+        typed = f"printf '%s\\n' {e.value.code.partition('fineweb.py ')[2]}"
+        arguments = subprocess.run(["bash", "-c", typed], capture_output=True, text=True)
+        assert arguments.stdout.splitlines() == [f"--dataset={name}", "--out_dir=my_shards"]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["sample.py", "--seed=18446744073709551616"], "--seed=18446744073709551616: must be less than 2^63"),
+        (["ewok.py", "--limit=-1"], "--limit=-1: must be at least 0"),
+        (["hellaswag.py", "--limit=-1"], "--limit=-1: must be at least 0"),
+        (["hellaswag.py", "--batch_tokens=-1"], "--batch_tokens=-1: must be at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense(run, args, line):
+    with pytest.raises(SystemExit) as e:
+        run(*args)
+    assert e.value.code == line
+
+
+def test_temperatures_that_are_nearly_nothing(run, shards):
+    run("train_gpt2.py", *SMALL)
+    texts = {
+        run("sample.py", f"--temperature={t}", "--dtype=float32", "--max_new_tokens=20") for t in ("0", "1e-39", "1e-7")
+    }
+    assert len(texts) == 1
+
+
+def test_prompts_as_help_shows_them(run, shards, tmp_path):
+    """A new document, as in nanoGPT, and the line end that --help shows."""
+    run("train_gpt2.py", *SMALL)
+    greedy = ["--temperature=0", "--dtype=float32", "--max_new_tokens=20"]
+    assert run("sample.py", "--prompt=<|endoftext|>", *greedy).removeprefix("<|endoftext|>") == run(
+        "sample.py", "--prompt=", *greedy
+    )
+    assert run("sample.py", "--prompt=\\n", *greedy) == run("sample.py", "--prompt=\n", *greedy)
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command("sample.py"), capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode != 0 and result.stderr == ""
+
+
+def test_out_of_memory_in_a_sample(run, shards, monkeypatch):
+    run("train_gpt2.py", *SMALL)
+    monkeypatch.setattr(GPT, "new_cache", lambda *args: exec("raise RuntimeError('CUDA out of memory.')"))
+    with pytest.raises(SystemExit, match="out of memory: try less at once, or a smaller model"):
+        run("sample.py")
+
+
+def test_a_folder_that_cannot_be_written(shards, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    os.chmod(tmp_path, 0o500)
+    result = subprocess.run(command("train_gpt2.py"), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    os.chmod(tmp_path, 0o700)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "Permission denied" in result.stderr
+
+
+# -- the peers ----------------------------------------------------------------------
+def peers_weights(config):
+    torch.manual_seed(3)
+    return GPT(config).eval()
+
+
+def test_a_checkpoint_of_nanogpt(tmp_path, gpt2, capsys):
+    """Compiled, with padding; without padding and with the mask that it had before flash attention."""
+    for rows, prefix, bias in ((50304, "_orig_mod.", False), (50257, "", True)):
+        model = peers_weights(GPTConfig(16, 50257, 1, 2, 32, bias=bias))
+        state = {
+            f"{prefix}{k}": v[:rows] if k in ("lm_head.weight", "transformer.wte.weight") else v
+            for k, v in model.state_dict().items()
+        }
+        state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+        args = {
+            "n_layer": 1,
+            "n_head": 2,
+            "n_embd": 32,
+            "block_size": 16,
+            "bias": bias,
+            "vocab_size": rows,
+            "dropout": 0.0,
+        }
+        torch.save(
+            {"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(3.0), "config": {}},
+            tmp_path / "ckpt.pt",
+        )
+        found, enc = load_model(str(tmp_path / "ckpt.pt"))
+        x = torch.randint(50257, (1, 16))
+        torch.testing.assert_close(found(x), model(x))
+        assert enc.name == "gpt2" and "ckpt.pt: step 7" in capsys.readouterr().err
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:65]
+    torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match=r"its 65 tokens are not GPT-2's: are they meta\.pkl's characters\?"):
+        load_model(str(tmp_path / "ckpt.pt"))
+
+
+def test_a_checkpoint_of_build_nanogpt(tmp_path, gpt2):
+    """Its pickled GPTConfig, of a script that is not there, is let through; nothing else is."""
+    model = peers_weights(GPTConfig(16, 50257, 1, 2, 32))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    (tmp_path / "theirs.py").write_text(
+        "import torch\nfrom dataclasses import dataclass\n@dataclass\nclass GPTConfig:\n    block_size: int = 16\n"
+        "    vocab_size: int = 50304\n    n_layer: int = 1\n    n_head: int = 2\n    n_embd: int = 32\n"
+        "class Other:\n    pass\n"
+        "state = torch.load('state.pt')\n"
+        "torch.save({'model': state, 'config': GPTConfig(), 'step': 19072, 'val_loss': 3.07}, 'model_19072.pt')\n"
+        "torch.save({'model': state, 'config': GPTConfig(), 'step': Other()}, 'evil.pt')\n"
+    )
+    subprocess.run([sys.executable, "theirs.py"], cwd=tmp_path, check=True)
+    found, _ = load_model(str(tmp_path / "model_19072.pt"))
+    x = torch.randint(50257, (1, 16))
+    torch.testing.assert_close(found(x), model(x))
+    with pytest.raises(SystemExit, match="refused, it holds something else than tensors and plain values"):
+        load_model(str(tmp_path / "evil.pt"))
