@@ -28,6 +28,7 @@ import time
 import types
 
 from configurator import configure, current_settings
+from documents import Documents, read_text
 import export
 import fineweb
 import hellaswag
@@ -209,7 +210,7 @@ def corpus():
     if not os.path.exists(path):
         sources = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
         with open(path, "w") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for s in sources for text in fineweb.read_text(s))
+            f.writelines(json.dumps({"text": text}) + "\n" for s in sources for text in read_text(s))
     return path
 
 
@@ -219,9 +220,9 @@ def write_texts(write):
 
     def repeat():
         with tempfile.TemporaryDirectory() as folder:
-            write(fineweb.Documents(corpus()), enc, folder)
+            write(Documents(corpus()), enc, folder)
 
-    return repeat, sum(len(ids) for ids in enc.encode_ordinary_batch(list(fineweb.Documents(corpus()))))
+    return repeat, sum(len(ids) for ids in enc.encode_ordinary_batch(list(Documents(corpus()))))
 
 
 def tokenize_ours():

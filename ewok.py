@@ -29,6 +29,7 @@ from configurator import check_numbers, configure
 from model import load_model
 from parallel import local_first, pick_autocast, run_script, start_processes
 from scoring import score_completions
+from tokenizer import encode
 
 import torch
 import torch.distributed as dist
@@ -116,11 +117,12 @@ def parse(where, content):
             continue
         try:
             item = json.loads(line)
-            missing = [key for key in ("Context1", "Context2", "Target1", "Target2") if not item.get(key)]
+            keys = ("Context1", "Context2", "Target1", "Target2")
+            missing = [key for key in keys if not (isinstance(item.get(key), str) and item[key])]
         except (ValueError, AttributeError):
             sys.exit(f"{where} line {number}: not a JSON object")
         if missing:
-            sys.exit(f"{where} line {number}: an item without {' and '.join(missing)}")
+            sys.exit(f"{where} line {number}: an item without a text in {' and '.join(missing)}")
         found.append(item)
     return found
 
@@ -133,8 +135,8 @@ def score_items(model, enc, items, batch_tokens=0):
     """
     pairs = []
     for item in items:
-        contexts = [enc.encode_ordinary(item[key]) for key in ("Context1", "Context2")]
-        targets = [enc.encode_ordinary(" " + item[key]) for key in ("Target1", "Target2")]
+        contexts = [encode(enc, item[key]).tolist() for key in ("Context1", "Context2")]
+        targets = [encode(enc, " " + item[key]).tolist() for key in ("Target1", "Target2")]
         pairs += [(context, target) for target in targets for context in contexts]
     sums, counts = score_completions(model, pairs, batch_tokens)
     return sums.view(-1, 4), counts.view(-1, 4).double()

@@ -19,6 +19,7 @@ from configurator import configure
 from model import load_model
 from shards import write_whole
 from tokenizer import EOT, byte_characters, tokenizer_state
+from weights import llama_names
 
 import torch
 
@@ -64,7 +65,8 @@ def to_hugging_face(enc):
 
     ranks = enc._mergeable_ranks
     pairs = [(text(a), text(b)) for a, b in merges(ranks)]
-    tokenizer = Tokenizer(models.BPE({text(token): i for token, i in ranks.items()}, pairs, ignore_merges=True))
+    vocab = {text(token): i for token, i in ranks.items()} | enc._special_tokens
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
     pieces = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=enc.name == "gpt2")]
     if enc.name not in ("gpt2", "bytes"):
         pieces.insert(0, pre_tokenizers.Split(Regex(enc._pat_str), "isolated"))
@@ -72,7 +74,7 @@ def to_hugging_face(enc):
     tokenizer.decoder = decoders.ByteLevel()
     special = sorted(enc._special_tokens, key=enc._special_tokens.get)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    if tokenizer.encode(PROBE).ids != enc.encode(PROBE, allowed_special={EOT}):
+    if tokenizer.encode(PROBE).ids != enc.encode(PROBE, allowed_special="all"):
         why = "its pattern means something else to Hugging Face's tokenizers; those of train_tokenizer.py do not"
         sys.exit(f"the tokenizer {enc.name} cannot be exported: {why}")
     return tokenizer
@@ -108,21 +110,10 @@ def llama(model):
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config |= {"rope_theta": 10000.0, "rope_scaling": None}  # in transformers before 5
     config |= {"attention_bias": False, "mlp_bias": False}
-    norms = ("attention", "feedforward") if name == "Apertus" else ("input", "post_attention")
-    same = {"attn.c_proj": "self_attn.o_proj", "mlp.c_proj": "mlp.down_proj"}
-    same |= {"ln_1": f"{norms[0]}_layernorm", "ln_2": f"{norms[1]}_layernorm"}
-    same |= {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk" if c.qk_norm}
-    weights = model.state_dict()
-    tensors = {"model.embed_tokens.weight": weights["transformer.wte.weight"]}
-    tensors["model.norm.weight"] = weights["transformer.ln_f.weight"]
-    for i in range(c.n_layer):
-        here, there = f"transformer.h.{i}.", f"model.layers.{i}."
-        tensors |= {f"{there}{new}.weight": weights[f"{here}{old}.weight"] for old, new in same.items()}
-        for x, tensor in zip("qkv", weights[here + "attn.c_attn.weight"].chunk(3), strict=True):
-            tensors[f"{there}self_attn.{x}_proj.weight"] = tensor
-        parts = ("gate", "up") if gated else ("up",)
-        for x, tensor in zip(parts, weights[here + "mlp.c_fc.weight"].chunk(len(parts)), strict=True):
-            tensors[f"{there}mlp.{x}_proj.weight"] = tensor
+    weights, tensors = model.state_dict(), {}
+    for ours, theirs in llama_names(name.lower(), c.n_layer).items():
+        parts = weights[f"{ours}.weight"].chunk(len(theirs))
+        tensors |= {f"{x}.weight": part for x, part in zip(theirs, parts, strict=True)}
     return config, tensors
 
 

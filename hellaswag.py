@@ -26,6 +26,7 @@ from model import load_model
 from parallel import local_first, pick_autocast, run_script, start_processes
 from scoring import score_completions
 from shards import download
+from tokenizer import encode
 
 import requests
 import torch
@@ -61,11 +62,12 @@ def load_items(path="", split="val", limit=0):
                 sys.exit(f"cannot download HellaSwag ({type(e).__name__}): put {URL.format(split=split)} at {path}")
     items = []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for number, line in enumerate(f, start=1):
                 if len(items) == limit > 0:
                     break
-                items.append(parse(line, f"{path} line {number}"))
+                if line.strip():
+                    items.append(parse(line, f"{path} line {number}"))
     except (OSError, UnicodeDecodeError) as e:
         sys.exit(f"{path}: cannot read this file ({e})")
     if not items:
@@ -77,8 +79,9 @@ def parse(line, where):
     """The item of a line of HellaSwag's jsonl; exits with one line if it is none."""
     try:
         item = json.loads(line)
+        item["label"] = ["0", "1", "2", "3"].index(str(item["label"]))  # Hugging Face has strings
         texts = [item["ctx"], item["ctx_a"], item["ctx_b"], item["activity_label"], *item["endings"]]
-        whole = all(isinstance(text, str) for text in texts) and len(texts) == 8 and item["label"] in range(4)
+        whole = all(isinstance(text, str) for text in texts) and len(texts) == 8
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -88,8 +91,9 @@ def parse(line, where):
 
 def completion_style(item, enc):
     """(context, endings) of an item as token ids, and the length of each ending in tokens."""
-    endings = [enc.encode_ordinary(" " + ending) for ending in item["endings"]]
-    return [(enc.encode_ordinary(item["ctx"]), ending) for ending in endings], [len(e) for e in endings]
+    endings = [encode(enc, " " + ending).tolist() for ending in item["endings"]]
+    context = encode(enc, item["ctx"]).tolist() or [enc.eot_token]
+    return [(context, ending) for ending in endings], [len(e) for e in endings]
 
 
 def harness_style(item, enc):
@@ -103,9 +107,10 @@ def harness_style(item, enc):
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
     query = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    context = enc.encode_ordinary(query.rstrip())
+    context = encode(enc, query.rstrip()).tolist()
     endings = [clean(ending) for ending in item["endings"]]
-    pairs = [(context, enc.encode_ordinary(f"{query} {ending}")[len(context) :]) for ending in endings]
+    rest = [encode(enc, f"{query} {ending}").tolist()[len(context) :] for ending in endings]
+    pairs = [(context or [enc.eot_token], ending) for ending in rest]
     return pairs, [len(ending) for ending in endings]
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 import math
 import os
+import re
 import sys
 
 from parallel import is_rank_0
 from tokenizer import load_tokenizer
-from weights import OPENAI_MODELS, find_checkpoint, read_checkpoint, read_hugging_face, tokenizer_beside
+from weights import OPENAI_MODELS, download_model, find_checkpoint, read_checkpoint, read_hugging_face, tokenizer_beside
 
 import torch
 import torch.nn as nn
@@ -463,13 +464,15 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
 
     ckpt: "latest" (the last log_dir/model_*.pt, by its step), "best" (the one of the lowest validation loss), a .pt
-    path, also of nanoGPT or build-nanogpt, an OpenAI name ("gpt2" ... "gpt2-xl"), or a local Hugging Face folder. Says
-    which file it is on stderr. Exits with one line if it cannot be had.
+    path, also of nanoGPT or build-nanogpt, a name on the hub ("gpt2" ... "gpt2-xl", owner/name), or a local folder of
+    Hugging Face's. Says which file it is on stderr. Exits with one line if it cannot be had.
     """
-    if ckpt in OPENAI_MODELS or os.path.isdir(ckpt):
-        model = GPT.from_pretrained(ckpt)
+    on_hub = ckpt in OPENAI_MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not os.path.exists(ckpt))
+    if (on_hub and not ckpt.endswith(".pt")) or os.path.isdir(ckpt):
+        folder = download_model(ckpt) if on_hub else ckpt
+        model = GPT.from_pretrained(folder)
         vocab_size = model.config.vocab_size
-        enc = load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(ckpt, vocab_size)
+        enc = load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(folder, vocab_size)
     else:
         path = find_checkpoint(ckpt, log_dir)
         config, weights, tokenizer, step = read_checkpoint(path)

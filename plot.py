@@ -45,17 +45,16 @@ def read_run(folder):
     records = {}  # {kind: {step: {key: value}}}
     path = folder if os.path.isfile(folder) else os.path.join(folder, "log.txt")
     try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                for step, kind, value in re.findall(LINE, line) or spoken(line):
-                    records.setdefault(kind, {})[int(step)] = {"value": float(value)}
+        for line in lines_of(path):
+            for step, kind, value in re.findall(LINE, line) or spoken(line):
+                records.setdefault(kind, {})[int(step)] = {"value": float(value)}
     except OSError as e:
         sys.exit(f"{path}: cannot be read ({e.strerror}); --logs= names the folders of runs")
     if not records:
         sys.exit(f"{path}: is empty; python train_gpt2.py writes it")
     about = {"tokenizer": "gpt2", "dataset": "fineweb-edu"}  # build-nanogpt's, which has only a log.txt
     path = os.path.join(folder, "metrics.jsonl")
-    for line in open(path, encoding="utf-8", errors="replace") if os.path.isfile(path) else ():
+    for line in lines_of(path) if os.path.isfile(path) else ():
         try:
             record = json.loads(line)
             kind, step = record["kind"], record["step"]
@@ -73,6 +72,11 @@ def read_run(folder):
         run[kind] = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
         run[kind] |= {"step": np.array(steps), "rows": rows}
     return run, about
+
+
+def lines_of(path):
+    with open(path, encoding="utf-8", errors="replace") as f:
+        yield from f
 
 
 def spoken(line):
@@ -165,7 +169,7 @@ def draw_loss(ax, runs):
                 lows.append(line.min())
     if of_gpt2(runs) and all(about.get("dataset") == "fineweb-edu" for _, _, about in runs):
         baseline(ax, GPT2_LOSS, "GPT-2 124M val", right=True)
-        lows.append(GPT2_LOSS)
+        highs, lows = [*highs, GPT2_LOSS], [*lows, GPT2_LOSS]  # a label outside of the axes would push them together
     if highs:
         low, high = min(lows), max(highs)
         ax.set_ylim(low - 0.06 * (high - low) - 0.02, high + 0.06 * (high - low) + 0.02)

@@ -16,7 +16,7 @@ import sys
 from configurator import configure
 from model import load_model
 from parallel import any_shape, pick_device, pick_dtype, run_script
-from tokenizer import EOT
+from tokenizer import encode
 
 import torch
 import torch.nn as nn
@@ -45,7 +45,7 @@ def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are empty, and at
     max_new_tokens. sampling: the settings of sample_token.
     """
-    ids = enc.encode(prompt, allowed_special={EOT}, disallowed_special=()) or [enc.eot_token]
+    ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     # A character can span tokens: the decoder holds back the bytes of an unfinished one.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]

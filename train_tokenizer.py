@@ -16,15 +16,15 @@ import os
 import sys
 
 from configurator import configure
-from fineweb import Documents, cut
+from documents import Documents
 from shards import write_whole
-from tokenizer import EOT, PATTERNS, load_tokenizer, own_name, tokenizer_state
+from tokenizer import EOT, PATTERNS, cut, encode, load_tokenizer, own_name, tokenizer_state
 
 import tiktoken
 
 # -- settings: override any with --key=value --------------------------------------
 data = "fineweb-edu"  # what to train on: a name or a path, as fineweb.py's --dataset
-subset = "sample-10BT"  # of fineweb(-edu)
+subset = ""  # of a dataset of the hub; empty: sample-10BT of fineweb(-edu)
 text_column = "text"  # the column that holds the text
 max_bytes = 100_000_000  # how much of it; 0: all
 vocab_size = 8192  # tokens, <|endoftext|> among them
@@ -41,13 +41,14 @@ def train(texts, vocab_size, pat_str):
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts, vocab_size - 1, pattern=pat_str)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return tiktoken.Encoding(own_name(ranks), pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    special = {EOT: len(ranks)}
+    return tiktoken.Encoding(own_name(ranks, special), pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def bytes_per_token(enc, texts):
     """UTF-8 bytes of the texts over their tokens: the higher, the better enc compresses them."""
     size = sum(len(text.encode(errors="replace")) for text in texts)
-    return size / sum(len(enc.encode_ordinary(text)) for text in texts)
+    return size / sum(len(encode(enc, text)) for text in texts)
 
 
 def main():
@@ -58,11 +59,12 @@ def main():
     if not os.path.isdir(os.path.dirname(out) or "."):
         sys.exit(f"--out={out}: there is no folder {os.path.dirname(out)}")
     held_out, size = [], 0
+    part = subset or ("sample-10BT" if data.startswith("fineweb") else None)
 
     def training_texts():
         """Of every twenty documents nineteen; the twentieth is held out."""
         nonlocal size
-        for i, text in enumerate(Documents(data, subset, text_column)):
+        for i, text in enumerate(Documents(data, part, text_column)):
             if i % 20 == 19:
                 held_out.append(text)
             else:

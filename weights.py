@@ -9,7 +9,7 @@ import pickle
 import re
 import sys
 
-from tokenizer import load_hugging_face, load_tokenizer, load_vocab_json
+from tokenizer import load_tokenizer
 
 import torch
 from torch.nn import functional as F
@@ -74,76 +74,124 @@ def read_checkpoint(path):
 
 
 def read_hugging_face(source):
-    """(config, state) of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder.
+    """(config, state) of a model on the hub, by its name ("gpt2", "distilbert/distilgpt2"), or a local folder.
 
     config is a GPTConfig as a dict, state the state dict of such a GPT. Reads safetensors or .bin files, whole or
-    sharded, of a GPT2LMHeadModel or a GPT2Model; exits with one line for anything else.
+    sharded, of a GPT2LMHeadModel or GPT2Model, and of what export.py writes; exits with one line for anything else.
     """
-    folder = download_openai(source) if source in OPENAI_MODELS else source
+    folder = source if os.path.isdir(source) else download_model(source)
     try:
         with open(os.path.join(folder, "config.json")) as f:
             hf = json.load(f)
     except (OSError, ValueError) as e:
         sys.exit(f"{source}: not a Hugging Face model folder, its config.json cannot be read ({e})")
-    config = config_from_hf(hf, source)
-    tensors = read_hf_tensors(folder)
-    if "wte.weight" in tensors:  # a GPT2Model, without the language-model head
-        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    if "transformer.wte.weight" not in tensors:
+    kind = hf.get("model_type")
+    config = llama_config(hf, source) if kind in LLAMAS else gpt2_config(hf, source)
+    tensors, state = read_hf_tensors(folder), {}
+    wte = next((name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight"))), None)
+    if wte is None:
         sys.exit(f"{source}: holds no GPT-2, there is no wte.weight among its tensors")
-    wte = tensors["transformer.wte.weight"]
-    if not torch.equal(tensors.pop("lm_head.weight", wte), wte):
+    if not torch.equal(tensors.pop("lm_head.weight", tensors[wte]), tensors[wte]):
         sys.exit(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
-    state = {}
+    if kind in LLAMAS:
+        try:
+            for ours, theirs in llama_names(kind, config["n_layer"]).items():
+                state[f"{ours}.weight"] = torch.cat([tensors.pop(f"{name}.weight") for name in theirs]).float()
+        except KeyError as e:
+            sys.exit(f"{source}: holds no {e}")
     for name, tensor in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, which old transformers versions saved
         if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             tensor = tensor.t().contiguous()  # OpenAI's Conv1D holds (in, out)
-        state[name] = tensor.float()
-    padding = -len(wte) % 64  # model.py's vocabularies are multiples of 64
-    state["transformer.wte.weight"] = F.pad(state["transformer.wte.weight"], (0, 0, 0, padding))
-    state["lm_head.weight"] = state["transformer.wte.weight"]
+        # a GPT2Model is one without the language-model head
+        state[name if wte.startswith(("transformer.", "model.")) else f"transformer.{name}"] = tensor.float()
+    rows = state["transformer.wte.weight"]
+    padding = -len(rows) % 64  # model.py's vocabularies are multiples of 64
+    state["transformer.wte.weight"] = state["lm_head.weight"] = F.pad(rows, (0, 0, 0, padding))
     return config, state
 
 
-def download_openai(name):
-    """The local folder of OpenAI's weights, from the Hugging Face cache or, once, its hub."""
-    from huggingface_hub import constants, hf_hub_download
+def download_model(name):
+    """The local folder of a model on the hub, from the Hugging Face cache or, once, from there."""
+    from huggingface_hub import constants, snapshot_download
 
-    for file in ("config.json", "model.safetensors"):
-        for cached in (True, False):  # the weights never change: what is in the cache needs no network
-            try:
-                path = hf_hub_download(f"openai-community/{name}", file, local_files_only=cached)
-                break
-            except (OSError, ValueError) as e:
-                if not cached:
-                    why = f"not in {constants.HF_HUB_CACHE}, and the hub cannot be reached ({type(e).__name__})"
-                    sys.exit(f"cannot get {file} of openai-community/{name}: {why}: go online once, or name a folder")
-    return os.path.dirname(path)
+    repository = f"openai-community/{name}" if name in OPENAI_MODELS else name
+    files = ["config.json", "*.safetensors*", "tokenizer*.json", "vocab.json", "added_tokens.json"]
+    for cached in (True, False):  # OpenAI's weights never change: what is in the cache needs no network
+        why = "it has no safetensors"
+        try:
+            folder = snapshot_download(repository, allow_patterns=files, local_files_only=cached)
+            if any(name.endswith(".safetensors") for name in os.listdir(folder)):
+                return folder
+        except (OSError, ValueError) as e:
+            why = type(e).__name__
+    why = f"not in {constants.HF_HUB_CACHE}, and the hub cannot be reached or has no safetensors of it ({why})"
+    sys.exit(f"cannot get {repository}: {why}: go online once, or name a folder")
 
 
-def config_from_hf(hf, source):
+def gpt2_config(hf, source):
     """The GPTConfig, as a dict, of a Hugging Face config.json; exits for what is not GPT-2 as released."""
-    released = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, value in released.items():
-        if hf.get(key, value) != value:
-            sys.exit(f"{source}: its config.json says {key}={hf[key]}; GPT-2 as released has {value}")
+    released = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")}
+    released |= {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "add_cross_attention": (False,)}
+    released |= {"scale_attn_by_inverse_layer_idx": (False,), "n_inner": (None, 4 * hf.get("n_embd", 0))}
+    refuse_others(hf, source, released, "GPT-2 as released")
     try:
-        config = {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        config["block_size"] = hf["n_positions"]
+        return {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
+            "block_size": hf["n_positions"]
+        }
     except KeyError as e:
         sys.exit(f"{source}: its config.json has no {e}")
-    if hf.get("n_inner") not in (None, 4 * config["n_embd"]):
-        sys.exit(f"{source}: its config.json says n_inner={hf['n_inner']}; GPT-2 as released has 4 * n_embd")
-    return config
+
+
+def refuse_others(hf, source, known, whose):
+    for key, values in known.items():
+        if hf.get(key, values[0]) not in values:
+            sys.exit(f"{source}: its config.json says {key}={hf[key]}; {whose} has {values[0]}")
+
+
+LLAMAS = ("llama", "qwen3", "apertus")  # model types that are this project's with pos=rope and norm=rmsnorm
+
+
+def llama_config(hf, source):
+    """The same of a Llama, Qwen3 or Apertus; exits for what export.py does not write."""
+    try:
+        n_embd, n_head = hf["hidden_size"], hf["num_attention_heads"]
+        gated = hf["model_type"] != "apertus"
+        acts = {"silu": "swiglu"} if gated else {"relu2": "relu2", "gelu_pytorch_tanh": "gelu"}
+        width = round(8 * n_embd / 3 / 8) * 8 if gated else 4 * n_embd
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        theta, kind = rope.get("rope_theta", hf.get("rope_theta", 1e4)), rope.get("rope_type", "default")
+        known = {"num_key_value_heads": (n_head,), "head_dim": (n_embd // n_head, None), "intermediate_size": (width,)}
+        known |= {"rms_norm_eps": (1e-5,), "attention_bias": (False,), "mlp_bias": (False,), "rope_theta": (1e4,)}
+        known |= {"tie_word_embeddings": (True,), "hidden_act": tuple(acts), "rope_type": ("default",)}
+        refuse_others(hf | {"rope_theta": theta, "rope_type": kind}, source, known, "what export.py writes")
+        config = {
+            "vocab_size": hf["vocab_size"],
+            "n_layer": hf["num_hidden_layers"],
+            "n_head": n_head,
+            "n_embd": n_embd,
+        }
+        config |= {"block_size": hf["max_position_embeddings"], "mlp": acts[hf["hidden_act"]], "bias": False}
+    except (KeyError, TypeError) as e:
+        sys.exit(f"{source}: its config.json has no {e}")
+    return config | {"pos": "rope", "norm": "rmsnorm", "qk_norm": hf["model_type"] != "llama"}
+
+
+def llama_names(kind, n_layer):
+    """{a weight of ours: the weights of Llama, or its kin, that it is, one above the other}."""
+    norms = ("attention", "feedforward") if kind == "apertus" else ("input", "post_attention")
+    block = {"ln_1": [f"{norms[0]}_layernorm"], "ln_2": [f"{norms[1]}_layernorm"]}
+    block |= {"attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"], "attn.c_proj": ["self_attn.o_proj"]}
+    block |= {"mlp.c_fc": [f"mlp.{x}_proj" for x in (("gate", "up") if kind != "apertus" else ("up",))]}
+    block |= {"mlp.c_proj": ["mlp.down_proj"]}
+    block |= {f"attn.{x}_norm": [f"self_attn.{x}_norm"] for x in "qk" if kind != "llama"}
+    names = {"transformer.wte": ["model.embed_tokens"], "transformer.ln_f": ["model.norm"]}
+    for i in range(n_layer):
+        names |= {
+            f"transformer.h.{i}.{ours}": [f"model.layers.{i}.{x}" for x in theirs] for ours, theirs in block.items()
+        }
+    return names
 
 
 def read_hf_tensors(folder):
@@ -174,14 +222,11 @@ def read_hf_tensors(folder):
 
 def tokenizer_beside(source, vocab_size):
     """The tiktoken.Encoding of a Hugging Face folder: its own, or that of the model's vocab_size."""
-    path = os.path.join(source, "tokenizer.json")
-    if os.path.exists(path):
-        enc = load_hugging_face(path)
+    if any(os.path.exists(os.path.join(source, name)) for name in ("tokenizer.json", "vocab.json")):
+        enc = load_tokenizer(source)
         if enc.n_vocab > vocab_size:
             sys.exit(f"{source}: its tokenizer has {enc.n_vocab} tokens, its model only {vocab_size}")
         return enc
-    if os.path.exists(os.path.join(source, "vocab.json")):
-        return load_vocab_json(os.path.join(source, "vocab.json"))
     names = {257: "bytes"} | dict.fromkeys(range(50257, 50257 + 64), "gpt2")  # 64: a padded vocabulary
     if vocab_size not in names:
         sys.exit(f"{source}: no tokenizer.json, and {vocab_size} tokens are neither gpt2's vocabulary nor bytes'")

@@ -484,7 +484,7 @@ def test_damaged_ewok_sources(somewhere, monkeypatch):
     fails(r"ewok_fast_jsonl\.zip: holds no items")
     item = ewok_items()[0]
     write_zip(path, {"a.jsonl": json.dumps(item) + "\n" + json.dumps(item | {"Target2": ""})})
-    fails(r"ewok_fast_jsonl\.zip: a\.jsonl line 2: an item without Target2")
+    fails(r"ewok_fast_jsonl\.zip: a\.jsonl line 2: an item without a text in Target2")
     write_zip(path, {"a.jsonl": "{\n"})
     fails(r"ewok_fast_jsonl\.zip: a\.jsonl line 1: not a JSON object")
     path.unlink()

@@ -262,10 +262,11 @@ def test_other_tokenizers_of_hugging_face_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     split = {"type": "Split", "pattern": {"String": " "}}
-    good = {"added_tokens": [{"content": EOT, "id": 1}], "pre_tokenizer": byte_level}
-    good |= {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    good = {"added_tokens": [{"content": EOT, "id": 0}], "pre_tokenizer": byte_level}
+    vocab = {character: 256 - b for b, character in tokenizer_module.byte_characters().items()}
+    good |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
     path.write_text(json.dumps(good))
-    assert tokenizer_module.load_hugging_face(str(path)).encode_ordinary("aa") == [0, 0]
+    assert tokenizer_module.load_hugging_face(str(path)).encode_ordinary("aa") == [256 - 97] * 2
     for state in (
         {},
         {"model": {"type": "Unigram"}},
@@ -273,7 +274,9 @@ def test_other_tokenizers_of_hugging_face_are_refused(tmp_path):
         good | {"pre_tokenizer": None},
         good | {"pre_tokenizer": byte_level | {"add_prefix_space": True}},
         good | {"pre_tokenizer": {"pretokenizers": [split, byte_level]}},
-        good | {"model": {"type": "BPE", "vocab": {"a": 0, "aaa": 2, "aa": 3}, "merges": ["a a", "aa a"]}},
+        good | {"model": {"type": "BPE", "vocab": vocab | {"aaa": 300, "aa": 301}, "merges": ["a a", "aa a"]}},
+        good | {"model": {"type": "BPE", "vocab": {"a": 1}, "merges": []}},  # which tiktoken panics at
+        good | {"added_tokens": [{"content": EOT, "id": 0, "lstrip": True}]},
     ):
         path.write_text(json.dumps(state))
         with pytest.raises(SystemExit, match=r"tokenizer\.json: not a byte-level BPE that can be read"):

@@ -7,8 +7,10 @@ import json
 import time
 
 from conftest import TEXT
+import documents
+from documents import Documents, read_text
 import fineweb
-from fineweb import Documents, read_text, tokenize, write_shards
+from fineweb import tokenize, write_shards
 from shards import ShardWriter
 from tokenizer import EOT, load_tokenizer
 
@@ -54,7 +56,7 @@ def test_local_files(run, tmp_path, monkeypatch, kind, streaming):
 
         pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), data)
     elif kind == "txt":
-        data.write_bytes(EOT.join(TEXTS[:41]).encode())
+        data.write_bytes(f"\n{EOT}\n".join(TEXTS[:41]).encode())
         expected = [t.strip("\n") for t in TEXTS[:41]]
     elif kind == "folder":
         (data / "sub").mkdir(parents=True)
@@ -91,7 +93,7 @@ def test_max_tokens(run, tmp_path, monkeypatch, bars):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
 def test_shuffle_buffer_is_a_seeded_permutation(run, tmp_path, name):
     texts = [t.strip("\n") for t in TEXTS[:40]]
-    (tmp_path / name).write_text(jsonl(texts) if name == "d.jsonl" else EOT.join(texts))
+    (tmp_path / name).write_text(jsonl(texts) if name == "d.jsonl" else f"\n{EOT}\n".join(texts))
     found = []
     for i, seed in enumerate((1, 1, 2)):
         run(
@@ -174,10 +176,11 @@ def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, opti
         gc.collect()
         meta_path = tmp_path / f"died{n}" / "meta.json"
         assert not meta_path.exists() or not json.loads(meta_path.read_text())["complete"]
-        encoded, encode = [], fineweb.encode
-        monkeypatch.setattr(fineweb, "encode", lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a))
+        encoded, encode = [], fineweb.encode_documents
+        spy = lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a)  # noqa: E731
+        monkeypatch.setattr(fineweb, "encode_documents", spy)
         out = run("fineweb.py", *corpus, *options, f"--out_dir=died{n}")
-        monkeypatch.setattr(fineweb, "encode", encode)
+        monkeypatch.setattr(fineweb, "encode_documents", encode)
         assert contents(tmp_path / f"died{n}") == whole
         if n == 50:
             assert "died50 has 50 shards: going on behind them" in out
@@ -215,8 +218,8 @@ def test_a_network_that_hiccups(monkeypatch, capsys):
             yield {"text": f"document {i}"}
 
     sleeps = []
-    monkeypatch.setattr(fineweb, "open_rows", lambda *args: [datasets.IterableDataset.from_generator(rows)])
-    monkeypatch.setattr(fineweb.time, "sleep", sleeps.append)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **how: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr(documents.time, "sleep", sleeps.append)
     assert list(Documents("fineweb-edu")) == [f"document {i}" for i in range(30)]
     assert sleeps == [2, 4, 8, 2, 4, 8, 16, 32, 2]
     assert "fineweb-edu: ConnectionError: reset by peer; reading on in 2 s" in capsys.readouterr().err
@@ -327,11 +330,11 @@ def test_tinyshakespeare_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.chdir(tmp_path)
     url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/broken")
+    monkeypatch.setattr(documents, "TINYSHAKESPEARE", url + "/broken")
     with pytest.raises(SystemExit, match=r"cannot download .*; put it at tinyshakespeare\.txt"):
         list(Documents("tinyshakespeare"))
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(fineweb, "TINYSHAKESPEARE", url + "/whole")
+    monkeypatch.setattr(documents, "TINYSHAKESPEARE", url + "/whole")
     assert list(Documents("tinyshakespeare")) == ["x" * 20000]
     server.shutdown()
 
@@ -341,21 +344,21 @@ def test_read_text(tmp_path):
     path.write_bytes(b"one\r\ntwo\n")
     assert read_text(str(path)) == ["one\r\ntwo\n"]
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(SystemExit, match=r"a\.txt: not a readable UTF-8 text file"):
+    with pytest.raises(SystemExit, match=r"a\.txt: not a readable text file: not UTF-8"):
         read_text(str(path))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--dataset=gone"], r"--dataset=gone: no such file or folder; known names: fineweb-edu, "),
-        (["--dataset=empty.jsonl"], r"the dataset is empty: it has no document with text"),
-        (["--dataset=folder"], r"folder: no data files here; expected \.txt, \.jsonl"),
+        (["--dataset=gone"], r"gone: no such file or folder; known names: fineweb-edu, "),
+        (["--dataset=empty.jsonl"], r"out would be empty: of 1 rows were left out: 1 without text"),
+        (["--dataset=folder"], r"folder: no data files here; expected \.txt, \.md, \.jsonl"),
         (
             ["--dataset=d.jsonl", "--text_column=body"],
             r"has no column 'body': use --text_column= with one of text, id",
         ),
-        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: "),
+        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: ArrowInvalid: .*; mend it or take it out"),
         (["--dataset=d.jsonl", "--shard_size=0"], r"--shard_size=0: must be at least 1"),
         (["--dataset=d.jsonl", "--out_dir=full"], r"full holds shards already"),
     ],

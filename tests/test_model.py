@@ -322,7 +322,7 @@ class Evil:
     [
         ("model_type", "gpt_neo", r"config\.json says model_type=gpt_neo; GPT-2 as released has gpt2"),
         ("activation_function", "relu", r"activation_function=relu; GPT-2 as released has gelu_new"),
-        ("n_inner", 7, r"n_inner=7; GPT-2 as released has 4 \* n_embd"),
+        ("n_inner", 7, r"n_inner=7; GPT-2 as released has None"),
         ("n_layer", 3, r"its weights are not those of a GPT-2 with"),
         ("n_embd", 32, r"its weights are not those of a GPT-2 with"),
     ],
@@ -379,12 +379,12 @@ def test_openai_names(hub_cache, run, gpt2, tmp_path):
     with pytest.raises(SystemExit) as e:
         load_model("gpt2")
     assert re.match(
-        rf"cannot get config\.json of openai-community/gpt2: not in {tmp_path}/hub, and the hub cannot "
-        r"be reached \(\w+\): go online once, or name a folder",
+        rf"cannot get openai-community/gpt2: not in {tmp_path}/hub, and the hub cannot "
+        r"be reached or has no safetensors of it \(\w+\): go online once, or name a folder",
         e.value.code,
     )
     (hub_cache / "model.safetensors").unlink()
-    with pytest.raises(SystemExit, match=r"cannot get model\.safetensors of openai-community/gpt2-medium"):
+    with pytest.raises(SystemExit, match=r"cannot get openai-community/gpt2-medium"):
         load_model("gpt2-medium")
 
 
