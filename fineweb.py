@@ -3,6 +3,7 @@
     python fineweb.py                                          # FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python fineweb.py --subset=sample-100BT --out_dir=edu_fineweb100B
     python fineweb.py --dataset=my_texts --out_dir=my_shards   # .txt .md .jsonl .json .csv .tsv .parquet, .gz .zst ...
+    python fineweb.py --dataset=fineweb-edu-gpt2 --max_tokens=1e9 --out_dir=edu1B    # tokenized already: 2 GB, minutes
     python fineweb.py --dataset=roneneldan/TinyStories --out_dir=stories       # any dataset of the Hugging Face hub
     python fineweb.py --dataset=tinyshakespeare --tokenizer=bytes --out_dir=shakespeare
 
@@ -27,6 +28,7 @@ from configurator import check_numbers, configure
 from documents import TINYSHAKESPEARE, Documents, More, read_text
 from parallel import cores, from_environment
 from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
+from tokenized import Tokens, is_tokenized
 from tokenizer import EOT, copy_encoding, encode, load_tokenizer
 
 import numpy as np
@@ -34,7 +36,7 @@ import requests
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
-dataset = "fineweb-edu"  # or fineweb, openwebtext, smol-smoltalk, tinyshakespeare, owner/name, a file, a folder
+dataset = "fineweb-edu"  # a name (see HUB in documents.py), fineweb-edu-gpt2 (its tokens), owner/name, a file, a folder
 subset = ""  # of a dataset of the hub; empty: sample-10BT of fineweb(-edu), whose others are sample-100BT, default ...
 split = "train"  # of a dataset of the hub
 text_column = "text"  # the column that holds the text; data.text is one inside another
@@ -116,7 +118,8 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
         texts.load_state_dict(writer.state)
         print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
     bar = tqdm(total=max_tokens or None, initial=writer.taken, unit="tok", unit_scale=True, desc=out_dir)
-    with bar, contextlib.closing(tokenize(texts, enc, token_dtype(enc))) as batches:
+    made = texts.batches(enc) if isinstance(texts, Tokens) else tokenize(texts, enc, token_dtype(enc))
+    with bar, contextlib.closing(made) as batches:
         for tokens, state in batches:
             tokens = tokens[: max_tokens - writer.taken] if max_tokens else tokens
             writer.add(tokens, state)
@@ -163,16 +166,24 @@ def main():
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         sys.exit(f"--out_dir={out_dir}: is a file, expected a folder")
     enc = load_tokenizer(tokenizer)
-    part = subset or ("sample-10BT" if dataset.startswith("fineweb") else None)
-    texts = Documents(dataset, part, text_column, streaming, shuffle_buffer, seed, split=split)
-    about = {"dataset": dataset, "subset": part, "seed": seed} | ({"split": split} if split != "train" else {})
-    about |= {"text_column": text_column, "streaming": streaming, "shuffle_buffer": shuffle_buffer}
+    part, val_size = subset or ("sample-10BT" if dataset.startswith("fineweb") else None), val_tokens
+    if is_tokenized(dataset):
+        if enc.name != "gpt2":
+            sys.exit(f"--dataset={dataset}: holds GPT-2's tokens; leave out --tokenizer={tokenizer}")
+        texts = Tokens(dataset, os.path.join(out_dir, ".fetching"), max_tokens)
+        val_size = val_tokens or texts.val_tokens()
+        name = "fineweb-edu" if "edu" in dataset and texts.remote else dataset  # the text that it is made of
+        about = {"dataset": name, "subset": texts.dataset, "seed": None}
+    else:
+        texts = Documents(dataset, part, text_column, streaming, shuffle_buffer, seed, split=split)
+        about = {"dataset": dataset, "subset": part, "seed": seed} | ({"split": split} if split != "train" else {})
+        about |= {"text_column": text_column, "streaming": streaming, "shuffle_buffer": shuffle_buffer}
     prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))  # "edufineweb" is build-nanogpt's
     prefix = "edufineweb" if dataset == "fineweb-edu" else prefix
     made = not os.path.exists(out_dir)
     lock = lock_folder(out_dir)
     try:
-        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_tokens, **about)
+        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_size, **about)
     finally:
         lock.release()
         if made and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing

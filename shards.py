@@ -187,7 +187,7 @@ class ShardWriter:
                 sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {held} tokens")
             cut = held - self.val_tokens if self.val_tokens else held * 9 // 10
             starts = np.flatnonzero(rest == self.enc.eot_token)
-            nearest = starts[np.abs(starts - cut).argmin()]
+            nearest = starts[np.abs(starts - cut).argmin()] if len(starts) else cut
             if abs(nearest - cut) <= (held - cut) // 2:
                 cut = int(nearest)
             self._write_shard(rest[cut:])

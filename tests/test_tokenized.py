@@ -1,0 +1,260 @@
+"""Shards that are tokenized already: from a server on this machine that speaks as the hub does, and local files."""
+
+import contextlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+
+from conftest import command, read_log
+from tokenized import splits_first
+
+import numpy as np
+import pytest
+
+REPOSITORY = "karpathy/fineweb-edu-100B-gpt2-token-shards"
+NAMES = ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin", "edu_fineweb_train_000002.bin"]
+
+
+def made_up(seed, size=20_000):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 50256, size).astype(np.uint16)
+    tokens[rng.integers(0, size, 40)] = 50256
+    tokens[0] = 50256
+    return tokens
+
+
+def llmc(tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + tokens.astype("<u2").tobytes()
+
+
+def all_tokens(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["complete"] and all(
+        shard["split"] == ("train" if i else "val") for i, shard in enumerate(meta["shards"])
+    )
+    return np.concatenate([np.load(folder / shard["file"]) for shard in meta["shards"]]), meta
+
+
+class Hub:
+    """The parts of the hub's interface that files of a dataset need. trouble: {file: [what goes wrong, each time]}."""
+
+    def __init__(self, files):
+        self.files, self.trouble, self.asked, self.pause = files, {}, [], 0.0
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self, body):
+                name = self.path.partition("?")[0].rpartition("/")[2]
+                if "/api/datasets/" in self.path:
+                    tree = [{"type": "file", "path": x, "size": len(c), "oid": "0" * 40} for x, c in hub.files.items()]
+                    content, headers = json.dumps(tree).encode(), {"Content-Type": "application/json"}
+                elif name not in hub.files:
+                    return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
+                else:
+                    content, headers = hub.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}
+                wrong = hub.trouble.get(name, []) if body else []
+                wrong = wrong.pop(0) if wrong else ""
+                if wrong == "429":
+                    return self.refuse(429, {"Retry-After": "1"})
+                if wrong == "404":
+                    return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
+                start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+                hub.asked.append((name, start, body))
+                self.send_response(206 if start else 200)
+                for key, value in (
+                    headers | {"Content-Length": str(len(content) - start), "Accept-Ranges": "bytes"}
+                ).items():
+                    self.send_header(key, value)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.end_headers()
+                if not body:
+                    return
+                content = content[start:]
+                if wrong == "cut":
+                    self.wfile.write(content[: len(content) // 2])
+                    self.connection.close()
+                    return
+                for at in range(0, len(content), 4096):
+                    time.sleep(hub.pause)
+                    self.wfile.write(content[at : at + 4096])
+
+            def refuse(self, code, headers):
+                self.send_response(code)
+                for key, value in (headers | {"Content-Length": "0"}).items():
+                    self.send_header(key, value)
+                self.end_headers()
+
+            def do_GET(self):
+                with contextlib.suppress(OSError, ValueError):
+                    self.answer(True)
+
+            def do_HEAD(self):
+                self.answer(False)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture
+def hub(gpt2):
+    return Hub({name: llmc(made_up(i)) for i, name in enumerate(NAMES)} | {"README.md": b"a card"})
+
+
+def fetch(hub, tmp_path, *args, out="out", timeout=90, **how):
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    env.pop("HF_HUB_OFFLINE", None)
+    line = command("fineweb.py", "--dataset=fineweb-edu-gpt2", "--shard_size=20000", f"--out_dir={out}", *args)
+    return subprocess.Popen(line, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_three_shards_arrive_token_for_token(hub, tmp_path):
+    """In the middle of whose fetching much goes wrong; nothing is left over."""
+    hub.trouble = {NAMES[1]: ["cut", "429"], NAMES[2]: ["429", "cut", "cut"]}
+    process = fetch(hub, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    tokens, meta = all_tokens(tmp_path / "out")
+    expected = np.concatenate([made_up(i) for i in range(3)])
+    assert np.array_equal(tokens, expected)
+    assert (meta["dataset"], meta["subset"], meta["tokenizer"]) == ("fineweb-edu", REPOSITORY, "gpt2")
+    for i, shard in enumerate(meta["shards"]):
+        assert shard["documents"] == np.count_nonzero(made_up(i) == 50256) and shard["bytes"] > 20_000
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", *sorted(s["file"] for s in meta["shards"]), "meta.json"]
+    assert not list((tmp_path / "hf").rglob("*.bin")), "the hub's cache holds a second copy"
+    assert "README.md" not in {name for name, _, _ in hub.asked}
+
+
+def test_only_as_many_as_are_needed(hub, tmp_path):
+    process = fetch(hub, tmp_path, "--max_tokens=30000")
+    assert process.communicate(timeout=60) and process.returncode == 0
+    assert len(all_tokens(tmp_path / "out")[0]) == 30_000
+    assert NAMES[2] not in {name for name, _, _ in hub.asked}
+
+
+def test_what_cannot_be_fetched_is_one_line(hub, tmp_path):
+    hub.trouble = {NAMES[2]: ["404"] * 9}
+    process = fetch(hub, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith(f"cannot fetch {REPOSITORY}: ") and "the same command goes on" in err
+    hub.trouble = {}
+    again = fetch(hub, tmp_path)
+    again.communicate(timeout=60)
+    assert np.array_equal(all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)]))
+    hub.url = "http://127.0.0.1:9"
+    lost = fetch(hub, tmp_path, out="none")
+    _, err = lost.communicate(timeout=90)
+    assert lost.returncode == 1 and err.splitlines()[-1].startswith(f"cannot reach {REPOSITORY} on the hub (")
+    assert not (tmp_path / "none").exists()
+
+
+def test_killed_while_fetching(hub, tmp_path):
+    """At random moments, and with the same end."""
+    hub.pause, rng = 0.02, random.Random(0)
+    for _ in range(4):
+        process = fetch(hub, tmp_path)
+        time.sleep(rng.uniform(1.5, 3.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    hub.pause = 0
+    process = fetch(hub, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert np.array_equal(all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)]))
+    assert ".fetching" not in os.listdir(tmp_path / "out")
+
+
+def test_training_starts_with_the_first_two(hub, tmp_path):
+    """And waits for the rest: the log is that of a run that had all from the start."""
+    small = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--T=64", "--B=8", "--total_batch_size=2048", "--max_steps=18"]
+    small += ["--data_dir=out", "--eval_every=9", "--hellaswag_every=0", "--ewok_every=0", "--sample_every=0"]
+    hub.pause = 0.3  # a second and a half for the first two, which come side by side, as does the third
+    hub.files[NAMES[2]], whole = hub.files[NAMES[2]][:1024], hub.files[NAMES[2]]
+    hub.files[NAMES[2]] = whole
+    process = fetch(hub, tmp_path, "--shard_size=20000")
+    end = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("*train_000001.npy")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    run = subprocess.run(command("train_gpt2.py", *small, "--log_dir=early"), **how)
+    assert run.returncode == 0, run.stderr
+    process.communicate(timeout=60)
+    assert subprocess.run(command("train_gpt2.py", *small, "--log_dir=late"), **how).returncode == 0
+    assert (tmp_path / "early" / "log.txt").read_text() == (tmp_path / "late" / "log.txt").read_text()
+    assert list(read_log(tmp_path / "late", "train")) == list(range(18))
+
+
+# -- local --------------------------------------------------------------------------
+def test_local_folders(run, tmp_path, gpt2):
+    """llm.c's and nanoGPT's, with val and without; one file; the trainer says which command it is."""
+    a, b, c = (made_up(i, 9000 + i) for i in range(3))
+    for name, files in {
+        "llmc": {"x_val_000000.bin": llmc(a), "x_train_000001.bin": llmc(b), "x_train_000002.bin": llmc(c)},
+        "nano": {"val.bin": a.tobytes(), "train.bin": np.concatenate([b, c]).tobytes()},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+        with pytest.raises(
+            SystemExit, match=rf"{name}: holds no shards; make them with python fineweb\.py --dataset={name} "
+        ):
+            run("train_gpt2.py", f"--data_dir={name}")
+        run("fineweb.py", f"--dataset={name}", f"--out_dir={name}_out", "--shard_size=7000")
+        tokens, meta = all_tokens(tmp_path / f"{name}_out")
+        assert np.array_equal(tokens, np.concatenate([a, b, c]))
+        assert [shard["tokens"] for shard in meta["shards"]] == [9000, 7000, 7000, 4003]
+        assert meta["dataset"] == name
+    run("fineweb.py", "--dataset=nano/train.bin", "--out_dir=one", "--shard_size=7000")
+    assert np.array_equal(all_tokens(tmp_path / "one")[0], np.concatenate([b, c]))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (llmc(made_up(0), count=30_000), "says 30000 tokens and holds 20000: it is cut short, fetch it again"),
+        (llmc(made_up(0))[:-1], "says 20000 tokens and holds 19999.5: it is cut short"),
+        (llmc(made_up(0), magic=20240801, version=7), "holds Llama 3's tokens (uint32), not GPT-2's"),
+        (made_up(0).tobytes() + b"x", "40001 bytes are no uint16 tokens"),
+        (b"", "0 bytes are no uint16 tokens"),
+        (np.array([50257] + [3] * 500, dtype=np.uint16).tobytes(), "token 50257 at 0 is outside GPT-2's vocabulary"),
+    ],
+)
+def test_files_that_are_none(run, tmp_path, gpt2, content, line):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(SystemExit) as e:
+        run("fineweb.py", "--dataset=x.bin", "--out_dir=out")
+    assert line in e.value.code and "\n" not in e.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_nanogpts_characters(run, tmp_path, gpt2):
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "train.bin").write_bytes(made_up(0).tobytes())
+    (tmp_path / "shakespeare" / "meta.pkl").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"holds the characters of nanoGPT's meta\.pkl beside it.*--tokenizer=bytes"):
+        run("fineweb.py", "--dataset=shakespeare", "--out_dir=out")
+    with pytest.raises(SystemExit, match="holds GPT-2's tokens; leave out --tokenizer=bytes"):
+        run("fineweb.py", "--dataset=shakespeare", "--out_dir=out", "--tokenizer=bytes")
+
+
+def test_the_validation_split_comes_first():
+    assert splits_first(["b_train_2.bin", "a_val.bin", "x.txt", "b_train_1.bin"]) == [
+        "a_val.bin",
+        "b_train_1.bin",
+        "b_train_2.bin",
+    ]
