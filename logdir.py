@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 
+from dashboards import Dashboards
 from parallel import all_agree, all_finite, divided_like, from_rank_0, print0, state_dicts
 from schedule import lengthen
 from shards import lock_folder, write_whole
@@ -255,6 +256,7 @@ class LogDir:
 
     def __init__(self, path, saved=None, resume=False, resume_step=-1, writes=True):
         self.path, self.writes, self._files, self._drawing = path, writes, {}, None
+        self.dashboards = Dashboards(path)  # none
         self.saved_state = (saved["step"], saved.get("evaluated_step")) if saved else None  # what resume.pt is of
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if not writes:
@@ -353,6 +355,8 @@ class LogDir:
         file = f"{kind}s" if kind.endswith("_item") else kind if kind == "exposure" else "metrics"
         if self.writes:
             self._beside(lambda: self._append(f"{file}.jsonl", line))
+            if file == "metrics":
+                self.dashboards.send(step, kind, more)
 
     def save(self, run, model, optimizers, scaler, enc, val_loss=None, keep=0):
         """Save a checkpoint, if the last one is of another state: the model and resume.pt. All ranks call it.
@@ -412,3 +416,16 @@ class LogDir:
             self._drawing = subprocess.Popen([sys.executable, script, f"--logs={self.path}"], **how)
             if wait:
                 self._drawing.wait(wait)
+
+
+def open_log(run, saved, order, model, writes):
+    """The LogDir of a Run, with the record that it starts with and the dashboards that its settings ask for."""
+    s = run.settings
+    log = LogDir(s["log_dir"], saved, s["resume"], s["resume_step"], writes)
+    if writes and (s["wandb"] or s["tensorboard"]):
+        log.dashboards = Dashboards(log.path, s["wandb"], s["wandb_name"], s["tensorboard"], kept(s))
+    if not saved:
+        dataset = " + ".join(str(source.shards.dataset) for source in order.orders)
+        about = {"tokenizer": order.enc.name, "dataset": dataset, "parameters": model.num_params()}
+        log.note(0, "run", **about, settings=kept(s))
+    return log

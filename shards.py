@@ -216,8 +216,9 @@ class ShardWriter:
         name = f"{self.prefix}_{split}_{i:06d}.npy"
         write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
         shard = {"file": name, "split": split, "tokens": len(tokens)}
-        shard["documents"] = int(np.count_nonzero(tokens == self.enc.eot_token))
-        shard["bytes"] = int(self.byte_lengths[tokens].sum(dtype=np.int64))
+        parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
+        shard["documents"] = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
+        shard["bytes"] = sum(int(self.byte_lengths.take(part).sum(dtype=np.int64)) for part in parts)
         self.meta["shards"].append(shard)
         self.written += len(tokens)
         self._write_meta()

@@ -91,6 +91,9 @@ save_every = 5000  # checkpoints
 plot_every = -1  # log/plot.png, where matplotlib is installed; -1: at each checkpoint and at the end
 print_every = 1  # a line on the terminal; log.txt has every step
 exposure_every = 0  # log/exposure.jsonl: which tokens the model has seen
+wandb = ""  # the project of Weights & Biases that gets the records too
+wandb_name = ""  # the name of the run there
+tensorboard = False  # the records in log/tensorboard too
 # what can go wrong
 save_minutes = 60.0  # a checkpoint as well when the last one is this old; 0: never
 keep_checkpoints = 0  # keep this many model_*.pt, the newest, and the best by validation loss; 0: all
@@ -399,6 +402,7 @@ def finish(ending, log):
     parallel.wait_for_all()  # gloo aborts a process that ends while rank 0 still saves
     if plot_every:
         log.draw(wait=60 if ending == "done" else 0)
+    log.dashboards.close()
     again = logdir.resume_command(log.path)
     if ending == "silent":
         said = f"{data_dir}: no sign of fineweb.py for {data_timeout:g} minutes; the run is saved"
@@ -447,11 +451,7 @@ def main(given):
 
     # What is done besides training, and where it is written down
     tasks = evaluations(model, validation, order, autocast, ranks)
-    log = logdir.LogDir(log_dir, saved, resume, resume_step, writes=rank == 0)
-    if not saved:
-        dataset = " + ".join(str(shards.dataset) for shards in mixture)
-        about = {"tokenizer": order.enc.name, "dataset": dataset, "parameters": model.num_params()}
-        log.note(0, "run", **about, settings=logdir.kept(run.settings))
+    log = logdir.open_log(run, saved, order, model, writes=rank == 0)
     del saved  # the optimizers have it
     seconds = collections.defaultdict(lambda: collections.deque(maxlen=20))  # {kind of work: what it took lately}
     compiling = run.step if pick_compile(compile, where) else None  # the step whose time tells nothing
