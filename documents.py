@@ -54,26 +54,24 @@ class Unreadable(ValueError):
 # -- files --------------------------------------------------------------------------
 # Each reader yields (row, place): a dict, a text or an Unreadable, and where the file goes on behind it, a list of
 # whole numbers; it starts from such a place. The last number counts lines, rows or documents.
-def opened(path):
-    """A file as it is when unpacked, binary."""
+def opened(path, offset=0):
+    """A file as it is when unpacked, binary, from a place on."""
     ending = os.path.splitext(path)[1].lower()
-    if ending == ".zst":
+    if ending == ".zst":  # which cannot seek
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending, open)(path, "rb")
-
-
-def skip(f, size):
-    """Go on behind so many bytes: files that are packed cannot seek, or only by reading."""
-    while size > 0 and (read := len(f.read(min(size, 1 << 20)))):
-        size -= read
+        f = io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
+        while offset > 0 and (read := len(f.read(min(offset, 1 << 20)))):
+            offset -= read
+        return f
+    f = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending, open)(path, "rb")
+    f.seek(offset)
+    return f
 
 
 def json_lines(path, columns, place):
     offset, number = place or (0, 0)
-    with opened(path) as f:
-        skip(f, offset)
+    with opened(path, offset) as f:
         for line in f:
             offset, number = offset + len(line), number + 1
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
@@ -152,8 +150,7 @@ def parquet(path, columns, place):
 def plain_text(path, columns, place):
     """Documents, the long ones in pieces: the rest of one is a More."""
     offset, more, number = place or (0, 0, 0)
-    with opened(path) as f:
-        skip(f, offset)
+    with opened(path, offset) as f:
         decoder = codecs.getincrementaldecoder("utf-8-sig" if offset == 0 else "utf-8")()
         text, kind, fresh, bad = "", More if more else str, True, None  # what is held, what it is; a new line; a fault
         while True:
