@@ -178,9 +178,7 @@ def check_settings():
         sys.exit("--schedule=plateau judges validation losses: it needs --eval_every=")
     check_schedule(current_settings(globals()))
     if ckpt != "latest" and not eval_only:
-        sys.exit(
-            "--ckpt= is what --eval_only=True evaluates; --init_from= starts from weights, --resume_step= goes back"
-        )
+        sys.exit("--ckpt= is for --eval_only=True; --init_from= starts from weights, --resume_step= goes back")
     if min_lr > max_lr:
         sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
@@ -436,7 +434,6 @@ def main(given):
     settings, defaults = current_settings(globals()), file_settings(preset)
     run = logdir.begin(log_dir, saved, given, order, settings, defaults, str(precision))
     model = open_model(next(iter(mixture)), saved, given, precision, where)
-    run.settings = current_settings(globals())  # with the weights' own architecture
     optimizers = model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
     scaler = torch.amp.GradScaler(where.split(":")[0], enabled=precision == torch.float16)
     if saved:
@@ -447,6 +444,7 @@ def main(given):
         train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
     if "B" not in given and where != "cpu":
         fit_memory(model, train_model, 0 if saved else 2, world_size, where)
+    run.settings = current_settings(globals())  # with the weights' own architecture, and B as it fits
     full_speed = describe(model, order, run, precision, where, world_size)
 
     # What is done besides training, and where it is written down
@@ -465,12 +463,12 @@ def main(given):
         if not ending and run.step < end_of(run):
             last_sequence = (run.tokens + total_batch_size) // T - 1  # of this step
             ending = wait_for(order, last_sequence, stop, data_timeout)
+            run.data = order.contents()
         if not ending and run.evaluated_step != run.step:
             val_loss, ending = evaluate_due(tasks, run, model, log, stop, seconds)
         if not ending and run.step == end_of(run):
             ending = "done"
         if ending or save_due(run, log):
-            run.data = order.contents()
             log.save(run, model, optimizers, scaler, order.enc, val_loss, keep_checkpoints)
             if plot_every < 0 and not ending:
                 log.draw()
