@@ -593,11 +593,12 @@ def test_two_graphs_in_the_life_of_a_run(spawn, shards, tmp_path, monkeypatch, f
     monkeypatch.setenv("TORCH_LOGS", "recompiles,graph_breaks")
     (tmp_path / "hellaswag").mkdir()
     write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", hellaswag_items(12))
-    args = [*TRAIN, "--hellaswag_every=2", "--eval_every=2", "--sample_every=2", "--sample_tokens=9", "--ewok_every=0"]
+    write_zip(tmp_path / "ewok_fast_jsonl.zip", members()[1])
+    args = [*TRAIN, "--hellaswag_every=2", "--eval_every=2", "--sample_every=2", "--sample_tokens=9", "--ewok_every=2"]
     result = spawn("train_gpt2.py", *args, "--compile=True", f"--fsdp={fsdp}", nproc=2)
     assert result.returncode == 0, result.stderr
     assert "Graph break" not in result.stderr and result.stderr.count("Recompiling") <= 2  # of each process, once
-    assert len(read_log(tmp_path / "log", "hella")) == 3
+    assert len(read_log(tmp_path / "log", "hella")) == len(read_log(tmp_path / "log", "ewok")) == 3
 
 
 def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc):
