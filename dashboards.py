@@ -6,18 +6,16 @@ TensorBoard's files are written anew, and Weights & Biases gets a new run in the
 end a run.
 """
 
+import contextlib
 import json
 import os
 import shutil
-import sys
 
 
 def open_wandb(folder, project, name, settings):
-    """(send, close) of a run of Weights & Biases; exits if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        sys.exit(f"--wandb={project} needs wandb: pip install wandb")
+    """(send, close) of a run of Weights & Biases."""
+    import wandb
+
     how = {"name": name or None, "group": os.path.abspath(folder), "config": settings, "dir": folder}
     run = wandb.init(project=project, **how)
     return lambda step, numbers: run.log(numbers, step=step), run.finish
@@ -25,10 +23,8 @@ def open_wandb(folder, project, name, settings):
 
 def open_tensorboard(folder):
     """The same of event files in folder/tensorboard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        sys.exit("--tensorboard=True needs tensorboard: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     shutil.rmtree(os.path.join(folder, "tensorboard"), ignore_errors=True)
     writer = SummaryWriter(os.path.join(folder, "tensorboard"))
 
@@ -52,14 +48,9 @@ class Dashboards:
         if self.open and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 for line in f:
-                    self._again(line)
-
-    def _again(self, line):
-        try:
-            record = json.loads(line)
-            self.send(record.pop("step"), record.pop("kind"), record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return  # no record
+                    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no record
+                        record = json.loads(line)
+                        self.send(record.pop("step"), record.pop("kind"), record)
 
     def _try(self, name, work):
         try:

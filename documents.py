@@ -5,8 +5,8 @@
 .parquet .csv .tsv     a row each
 
 All but .parquet also as .gz, .bz2, .xz or .zst. Names are names, not patterns, and only the text is looked at: a string
-in the text column or, in its place, a chat. Memory is bounded, whatever the size of a file. What cannot be read is left
-out, counted and named.
+in the text column or, in its place, a chat. Memory is bounded by a row, whatever the size of a file. What cannot be
+read is left out, counted and named.
 """
 
 import bz2
@@ -100,7 +100,7 @@ def json_objects(path, columns, place):
                 more = f.read(max(1 << 20, len(buffer) - at)) if len(buffer) - at < 1 << 28 else ""
                 if not more:
                     if at < len(buffer):
-                        yield Unreadable(f"{e}; the file is not read any further"), [number + 1]
+                        raise ValueError(f"object {number + 1}: {e}") from None
                     return
                 buffer, at = buffer[at:] + more, 0
                 continue
@@ -165,6 +165,8 @@ def plain_text(path, columns, place):
                 number += 1
                 if line or number > 1:  # there are separators
                     text = text.rstrip("\r\n") if kind is More else text.strip("\r\n")
+                if bad and kind is More:  # its beginning has been taken already
+                    raise bad
                 if bad or text:
                     yield bad or kind(text), [offset, 0, number]
                 text, kind, bad = "", str, None
@@ -181,12 +183,15 @@ def plain_text(path, columns, place):
 
 
 def read_text(path):
-    """The documents of a text file, in whole; exits if it is not UTF-8."""
-    found = [row for row, _ in plain_text(path, (), None)]
-    for row in found:
-        if isinstance(row, Unreadable):
-            sys.exit(f"{path}: not a readable text file: {row}")
-    return list(whole(found))
+    """The documents of a text file, in whole; exits if it cannot be read, or is not UTF-8."""
+    try:
+        found = [row for row, _ in plain_text(path, (), None)]
+        for row in found:
+            if isinstance(row, Unreadable):
+                raise row
+        return list(whole(found))
+    except BROKEN as e:
+        sys.exit(f"{path}: not a readable text file: {e}")
 
 
 def whole(texts):
@@ -220,14 +225,18 @@ def find_files(path):
     else:
         found, seen = [], set()
         for folder, folders, names in os.walk(path, followlinks=True):
-            folders[:] = [x for x in folders if os.path.realpath(os.path.join(folder, x)) not in seen]
-            seen |= {os.path.realpath(os.path.join(folder, x)) for x in (*folders, ".")}
+            folders[:] = sorted(x for x in folders if not x.startswith("."))
+            real = os.path.realpath(folder)
+            if real in seen or (".lock" in names and folder != path):  # by a link, or shards that are being written
+                folders.clear()
+                continue
+            seen.add(real)
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]  # ._a.txt is a Mac's
     cards = [x for x in found if os.path.basename(x).lower() == "readme.md" and x != path]  # of datasets
     files = sorted(name for name in found if reader_of(name) and name not in cards)
     if not files:
         sys.exit(f"{path}: no data files here; expected {', '.join(READERS)}, or those packed as .gz, .bz2, .xz, .zst")
-    others = collections.Counter(os.path.splitext(x)[1] or "no ending" for x in sorted(found) if x not in files)
+    others = collections.Counter(os.path.splitext(x)[1] or "no ending" for x in sorted({*found} - {*files}))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         print(f"{path}: {sum(others.values())} files are not read ({kinds})")
@@ -262,6 +271,19 @@ def column_of(row, column):
     for name in column.split("."):
         row = row.get(name) if isinstance(row, dict) else None
     return row
+
+
+def shuffled(texts, size, seed):
+    """Texts in another order, by a buffer of so many."""
+    rng, held = random.Random(seed), []
+    for text in texts:
+        held.append(text)
+        if len(held) > size:
+            i = rng.randrange(len(held))
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
 
 
 class Documents:
@@ -311,29 +333,16 @@ class Documents:
             yield from self._texts()
             return
         # What a shuffle buffer holds is not in a state: start over, and leave out what has been yielded.
-        behind, self.state, held, count = (self.state or {"documents": 0})["documents"], None, [], 0
-        rng = random.Random(self.seed)
-        for text in whole(self._texts()):
-            held.append(text)
-            if len(held) > self.shuffle_buffer:
-                i = rng.randrange(len(held))
-                held[i], held[-1] = held[-1], held[i]
-                count += 1
-                if count > behind:
-                    self.state = {"documents": count}
-                    yield held.pop()
-                else:
-                    held.pop()
-        rng.shuffle(held)
-        for text in held[max(0, behind - count) :]:
-            count += 1
-            self.state = {"documents": count}
-            yield text
+        behind, self.state = (self.state or {"documents": 0})["documents"], None
+        for count, text in enumerate(shuffled(whole(self._texts()), self.shuffle_buffer, self.seed), start=1):
+            if count > behind:
+                self.state = {"documents": count}
+                yield text
 
     def _texts(self):
         """Yield the documents behind self.state, which moves on with them."""
-        state = self.state or {"documents": 0, "file": 0, "place": None, "left_out": {}}
-        if "left_out" not in state:
+        state = self.state or {"documents": 0, "file": "", "place": None, "left_out": {}}
+        if not isinstance(state.get("file"), str):
             sys.exit("these shards were begun by an older version: finish them with it, or choose another --out_dir")
         self.left_out = collections.Counter(state["left_out"])
         count = state["documents"]
@@ -350,7 +359,7 @@ class Documents:
         """The text of a row, None if it is left out; where: (file, number) for its name."""
         if isinstance(row, dict):
             values = {column: column_of(row, column) for column in self.columns}
-            if self.left_out["rows"] == 1 and not any(column.partition(".")[0] in row for column in self.columns):
+            if self.left_out["rows"] == 1 and not any({x, x.partition(".")[0]} & row.keys() for x in self.columns):
                 hint = f"use --text_column= with one of {', '.join(map(str, row))}"
                 sys.exit(f"{self.dataset} has no column {self.columns[0]!r}: {hint}")
             texts = [as_text(value) for value in values.values() if value is not None]
@@ -376,28 +385,22 @@ class Documents:
             sys.exit(f"{self.dataset}: too many rows cannot be read; {self.report()}")
 
     def _rows(self, file, place):
-        """Yield (row, number of its file, place behind it, (file, line or row) for its name)."""
+        """Yield (row, its file, place behind it, (file, line or row) for its name)."""
         if not self.local:
             yield from self._hub_rows(place)
             return
-        for i, path in enumerate(find_files(self.dataset)):
-            if i < file:
+        for path in find_files(self.dataset):  # which are sorted
+            if path < file:
                 continue
-            unit = "line" if reader_of(path) in (json_lines, json_file) else "row"
+            unit = "line" if reader_of(path) is json_lines else "row"
             try:
-                for row, behind in reader_of(path)(path, self.columns, place if i == file else None):
-                    yield row, i, behind, (path, f"{unit} {behind[-1]}")
-            except (
-                OSError,
-                EOFError,
-                ValueError,
-                csv.Error,
-                lzma.LZMAError,
-                zlib.error,
-            ) as e:  # pyarrow's are of these
-                why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-                if os.path.getsize(path):  # an empty file is one without rows
-                    sys.exit(f"cannot read {path}: {why}; mend it or take it out, and the same command goes on")
+                for row, behind in reader_of(path)(path, self.columns, place if path == file else None):
+                    yield row, path, behind, (path, f"{unit} {behind[-1]}")
+            except BROKEN as e:
+                if not os.path.exists(path) or os.path.getsize(path):  # an empty file is one without rows
+                    why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                    hint = "mend it, and the same command goes on; without it, choose another --out_dir"
+                    sys.exit(f"cannot read {path}: {why}; {hint}")
 
     def _hub_rows(self, place):
         """The same of a dataset on the hub, by `datasets`."""
@@ -406,7 +409,9 @@ class Documents:
             last = place
             try:
                 import datasets
+                import huggingface_hub
 
+                huggingface_hub.logging.set_verbosity_error()  # of its own tries it need not tell
                 name = HUB.get(self.dataset, self.dataset)
                 args = (name, self.subset) if self.subset else (name,)
                 rows = datasets.load_dataset(*args, streaming=self.streaming, **self.hub)
@@ -416,13 +421,13 @@ class Documents:
                     rows.load_state_dict(place)
                 for number, row in enumerate(rows, start=1):
                     place = rows.state_dict()
-                    yield row, 0, place, (self.dataset, f"row {number}")
+                    yield row, "", place, (self.dataset, f"row {number}")
                 return
             except Exception as e:  # whatever `datasets` and its readers raise: they share no base class
                 failures = failures + 1 if place == last else 1
-                reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
                 if place is None or failures > 5:
-                    hint = "go online, or give --dataset= a local file or folder"
+                    hint = "choose with --subset=" if "onfig" in reason else "go online, or give a local file or folder"
                     sys.exit(f"cannot read {self.dataset}: {reason}; {hint}")
                 print(f"\n{self.dataset}: {reason}; reading on in {2**failures} s", file=sys.stderr)
                 time.sleep(2**failures)

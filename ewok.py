@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
 log_dir = "log"  # where latest is looked for
 items = False  # write each item's numbers to ewok_items.jsonl, beside the checkpoint or in log_dir
 limit = 0  # only the first so many items; 0: all

@@ -24,7 +24,7 @@ from weights import llama_names
 import torch
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
 log_dir = "log"  # where latest is looked for
 format = "hf"  # hf (a folder), onnx or pt (files)
 out_dir = "hf_model"  # the folder of --format=hf

@@ -184,6 +184,7 @@ def main():
     lock = lock_folder(out_dir)
     try:
         meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_size, **about)
+        shutil.rmtree(os.path.join(out_dir, ".fetching"), ignore_errors=True)
     finally:
         lock.release()
         if made and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing
@@ -204,6 +205,6 @@ if __name__ == "__main__":
         main()
     except OSError as e:
         reason = e.strerror or f"is the disk full? {e}"
-        sys.exit(f"--out_dir={out_dir}: cannot write there ({reason}); mended, the same command goes on")
+        sys.exit(f"{e.filename or out_dir}: {reason}; mended, the same command goes on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on behind the whole shards in {out_dir}")

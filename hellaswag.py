@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
 log_dir = "log"  # where latest is looked for
 style = "completion"  # completion, harness or both
 split = "val"  # val or train

@@ -48,7 +48,7 @@ class Run:
 
     settings: dict  # of the trainer
     defaults: dict  # the same, as the trainer's file had them
-    data: list  # of describe_data
+    data: list  # of order.Mixture.contents
     precision: str  # that it computes in
     step: int  # updates made
     tokens: int  # read for them
@@ -280,7 +280,7 @@ class LogDir:
 
     def _set_aside(self, step):
         """Move an earlier run's files to old_1, old_2, ..., or those that are behind a step to go back to."""
-        old = [x for x in os.listdir(self.path) if re.fullmatch(rf"{RECORDS}|resume\.pt|{CHECKPOINTS}", x)]
+        old = [x for x in os.listdir(self.path) if re.fullmatch(rf"{RECORDS}|plot\.png|resume\.pt|{CHECKPOINTS}", x)]
         if not old:
             return
         aside = free_name(os.path.join(self.path, "old"))
@@ -307,11 +307,8 @@ class LogDir:
                     at, kind, _ = line.split()
                 evaluated = int(at) == step == evaluated_step and kind != "train"
                 return kind == "run" or int(at) < step or evaluated
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-            ):  # no record: somebody's own line stays, what a crash cut short not
+            except (ValueError, KeyError, TypeError):
+                # No record: somebody's own line stays, one that a crash cut short does not.
                 return line.endswith("\n")
 
         for path in (os.path.join(self.path, x) for x in os.listdir(self.path) if re.fullmatch(RECORDS, x)):
@@ -421,6 +418,9 @@ class LogDir:
 def open_log(run, saved, order, model, writes):
     """The LogDir of a Run, with the record that it starts with and the dashboards that its settings ask for."""
     s = run.settings
+    for name in ("wandb", "tensorboard"):  # before anything is moved aside
+        if s[name] and importlib.util.find_spec(name) is None:
+            sys.exit(f"--{name}={s[name]} needs {name}: pip install {name}")
     log = LogDir(s["log_dir"], saved, s["resume"], s["resume_step"], writes)
     if writes and (s["wandb"] or s["tensorboard"]):
         log.dashboards = Dashboards(log.path, s["wandb"], s["wandb_name"], s["tensorboard"], kept(s))

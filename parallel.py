@@ -229,10 +229,9 @@ def fits_memory(work, model):
             raise
         fits = False
     model.zero_grad(set_to_none=True)
-    if not all_agree(fits):
+    if not (fits := all_agree(fits)):
         torch.compiler.reset()  # what was compiled for this shape: another would be compiled for any
-        return False
-    return True
+    return fits
 
 
 def explain(e, B, folder):

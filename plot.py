@@ -273,7 +273,7 @@ def draw_run():
             ax.legend()
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    save(fig, out or os.path.join(folders[0], "plot.png"))
+    save(fig, out or os.path.join(folders[0] if os.path.isdir(folders[0]) else os.path.dirname(folders[0]), "plot.png"))
 
 
 def summary(run):

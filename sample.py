@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest (in log_dir), a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
 log_dir = "log"  # where latest is looked for
 prompt = "\n"  # how the text starts; FILE:path reads it from a file; empty: a new document, <|endoftext|>
 num_samples = 1

@@ -53,7 +53,7 @@ def check_schedule(s):
         given, hint = f"--warmup_steps={s['warmup_steps']}", f"--warmup_steps={s['max_steps'] // 25}"
         if decay:
             given, hint = f"{given} --cooldown_steps={decay}", f"{hint} --cooldown_steps={s['max_steps'] // 10}"
-        sys.exit(f"{given}: more than --max_steps={s['max_steps']}; use {hint}, or leave them out")
+        sys.exit(f"{given}: more than --max_steps={s['max_steps']}; use {hint}")
 
 
 def lengthen(run, was):

@@ -89,8 +89,8 @@ class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
 
     The first shard is for validation, as in build-nanogpt's fineweb.py, or, if val_tokens says so, a smaller or larger
-    one. A corpus of less than two shards gives its last tenth, or val_tokens, to validation instead. Files are renamed
-    into place when whole.
+    one. A corpus of less than two shards gives its last tenth to validation instead. Files are renamed into place when
+    whole.
 
     Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those from there
     up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is continued: the stream is
@@ -182,16 +182,16 @@ class ShardWriter:
         if not self.meta["shards"]:
             if not held:
                 sys.exit("the dataset is empty: it has no document with text")
-            # The last tenth, from the start of a document if one is near, is for validation.
             if self.val_tokens >= held:
                 sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {held} tokens")
-            cut = held - self.val_tokens if self.val_tokens else held * 9 // 10
+            # The last tenth, from the start of a document if one is near, is for validation.
+            cut = held * 9 // 10
             starts = np.flatnonzero(rest == self.enc.eot_token)
             nearest = starts[np.abs(starts - cut).argmin()] if len(starts) else cut
             if abs(nearest - cut) <= (held - cut) // 2:
                 cut = int(nearest)
-            self._write_shard(rest[cut:])
-            rest = rest[:cut]
+            val, rest = (rest[cut:], rest[:cut]) if not self.val_tokens else np.split(rest, [self.val_tokens])
+            self._write_shard(val)
         self._flush(rest)
         self.meta["complete"] = True
         self.meta.pop("position", None)
@@ -214,11 +214,11 @@ class ShardWriter:
             self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
-        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
         shard = {"file": name, "split": split, "tokens": len(tokens)}
         parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
         shard["documents"] = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
         shard["bytes"] = sum(int(self.byte_lengths.take(part).sum(dtype=np.int64)) for part in parts)
+        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
         self.meta["shards"].append(shard)
         self.written += len(tokens)
         self._write_meta()
@@ -307,6 +307,8 @@ class Shards:
                     meta["shards"].append({"file": name, "split": split[1]})
             if not meta["shards"]:
                 sys.exit(f"{self.data_dir}: shards are named *_train_000001.npy and *_val_000000.npy; none here is")
+        if not meta["shards"]:
+            sys.exit(f"{self.data_dir}: no shard is whole yet: wait for fineweb.py")
         self.complete = meta["complete"]
         self.train, self.val = [], []
         for shard in meta["shards"]:

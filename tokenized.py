@@ -7,8 +7,8 @@ that many uint16, with 50256 before each document. nanoGPT's has no header: uint
 
 from concurrent.futures import ThreadPoolExecutor
 import os
-import shutil
 import sys
+import threading
 
 import numpy as np
 from tqdm import tqdm
@@ -36,7 +36,7 @@ def open_bin(path):
     if size >= 12 and header[0] == LLAMA3:
         sys.exit(f"{path}: holds Llama 3's tokens (uint32), not GPT-2's: take the GPT-2 version of it")
     if size >= 12 and header[0] == MAGIC:
-        if header[1] != 1 or size != 1024 + 2 * header[2]:
+        if header[1] != 1 or size != 1024 + 2 * int(header[2]):
             sys.exit(
                 f"{path}: says {header[2]} tokens and holds {(size - 1024) / 2:g}: it is cut short, fetch it again"
             )
@@ -63,8 +63,8 @@ class Tokens:
         if self.remote:
             self.files = self._listed()
         else:
-            names = splits_first(os.listdir(dataset)) if os.path.isdir(dataset) else [""]
-            self.files = {os.path.join(dataset, name).rstrip("/"): 0 for name in names}  # and their bytes on the hub
+            inside = splits_first(os.listdir(dataset)) if os.path.isdir(dataset) else []
+            self.files = dict.fromkeys([os.path.join(dataset, name) for name in inside] or [dataset], 0)
 
     def state_dict(self):
         return self.state
@@ -75,7 +75,7 @@ class Tokens:
     def val_tokens(self):
         """The number of tokens in the local files of the validation split; 0 if there is none."""
         names = [] if self.remote else [name for name in self.files if "val" in os.path.basename(name)]
-        return sum(len(open_bin(name)) for name in names)
+        return sum(len(open_bin(name)) for name in names) if len(names) < len(self.files) else 0
 
     def _listed(self):
         """{file: bytes} on the hub, as many as max_tokens needs."""
@@ -93,7 +93,7 @@ class Tokens:
                 tokens += (sizes[name] - 1024) // 2
         return files or sys.exit(f"{self.dataset}: there are no .bin files on the hub")
 
-    def _fetch(self, name, bar):
+    def _fetch(self, name, bar, stopped):
         """The path of a file of the hub, fetched; whole, or an exception."""
         from huggingface_hub import hf_hub_download
 
@@ -102,13 +102,14 @@ class Tokens:
                 super().__init__(*args, **how | {"disable": True})
 
             def update(self, n=1):
+                if stopped.is_set():
+                    raise InterruptedError("stopped")
                 bar.update(n)
 
-        path = hf_hub_download(self.dataset, name, repo_type="dataset", local_dir=self.folder, tqdm_class=Part)
+        how = {"repo_type": "dataset", "local_dir": self.folder, "tqdm_class": Part}
+        path = hf_hub_download(self.dataset, name, **how)
         if os.path.getsize(path) != self.files[name]:
-            path = hf_hub_download(
-                self.dataset, name, repo_type="dataset", local_dir=self.folder, tqdm_class=Part, force_download=True
-            )
+            path = hf_hub_download(self.dataset, name, **how, force_download=True)
         return path
 
     def batches(self, enc, size=1 << 22):
@@ -117,14 +118,18 @@ class Tokens:
         names = list(self.files)
         bar = tqdm(total=sum(self.files.values()), unit="B", unit_scale=True, desc="fetching", disable=not self.remote)
         bar.update(sum(self.files[name] for name in names[:first]))
+        ahead, stopped = {}, threading.Event()
         with ThreadPoolExecutor(4) as pool, bar:
-            ahead = {}
             try:
                 for i in range(first, len(names)):
                     for name in names[i : i + 4] if self.remote else ():  # this one, and those behind it
                         if name not in ahead:
-                            ahead[name] = pool.submit(self._fetch, name, bar)
-                    path = ahead[names[i]].result() if self.remote else names[i]
+                            ahead[name] = pool.submit(self._fetch, name, bar, stopped)
+                    try:
+                        path = ahead[names[i]].result() if self.remote else names[i]
+                    except Exception as e:  # the hub's library and the network raise what they like
+                        why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                        sys.exit(f"cannot fetch {self.dataset}: {why}; the same command goes on")
                     tokens = open_bin(path)
                     for at in range(start, len(tokens), size):
                         part = tokens[at : at + size]
@@ -136,15 +141,9 @@ class Tokens:
                     start = 0
                     if self.remote:
                         os.remove(path)
-            except Exception as e:
-                if isinstance(e, OSError) and not self.remote:
-                    raise
-                why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-                sys.exit(f"cannot fetch {self.dataset}: {why}; the same command goes on")
             finally:
+                stopped.set()
                 pool.shutdown(cancel_futures=True)
-        if self.remote:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def report(self):
         return ""

@@ -33,25 +33,27 @@ def load_tokenizer(name):
 
     Exits with one line if GPT-2's vocabulary cannot be had or the file is not a tokenizer.
     """
-    if isinstance(name, str) and os.path.isdir(name):
-        path = os.path.join(name, "tokenizer.json")
-        return load_tokenizer(path) if os.path.exists(path) else load_vocab_json(os.path.join(name, "vocab.json"))
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # no network, or a file that fails tiktoken's hash
-            hint = "go online once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
+            hint = (
+                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it (texts go with --tokenizer=bytes)"
+            )
             sys.exit(f"cannot get GPT-2's vocabulary ({type(e).__name__}): {hint}")
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # No merges, so where a text is split does not matter; short pieces are fastest.
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    if isinstance(name, str) and os.path.isdir(name):
+        path = os.path.join(name, "tokenizer.json")
+        return load_tokenizer(path) if os.path.exists(path) else load_vocab_json(os.path.join(name, "vocab.json"))
     try:
         if isinstance(name, str):
             with open(name, encoding="utf-8") as f:
                 state = json.load(f)
             if "model" in state:
-                return load_hugging_face(name)
+                return load_hugging_face(name, state)
         else:
             state = name
         if EOT not in state["special_tokens"] or state["name"] in ("gpt2", "bytes"):
@@ -124,14 +126,12 @@ def byte_characters():
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def load_hugging_face(path):
-    """The tiktoken.Encoding of a Hugging Face tokenizer.json, a byte-level BPE with <|endoftext|>.
+def load_hugging_face(path, state):
+    """The tiktoken.Encoding of what a Hugging Face tokenizer.json holds, a byte-level BPE with <|endoftext|>.
 
     "gpt2" and "bytes" if it is one of those. Exits with one line for other kinds of tokenizers.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            state = json.load(f)
         if state["model"]["type"] != "BPE" or state.get("normalizer"):
             raise ValueError("it is not a plain BPE")
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
@@ -149,8 +149,9 @@ def load_hugging_face(path):
         isolated = steps[0].get("behavior", "Isolated") == "Isolated" and not steps[0].get("invert")
         if steps[-1]["add_prefix_space"] or not isolated:
             raise ValueError("it changes the text, or leaves some of it out")
-        if kinds == ["ByteLevel"] and not steps[0].get("use_regex", True) and len(ranks) > 256:
-            raise ValueError("it does not cut text into pieces before it merges")
+        cuts = steps[-1].get("use_regex", True)  # by GPT-2's pattern
+        if cuts if len(kinds) > 1 else not cuts and len(ranks) > 256:
+            raise ValueError("it cuts text into pieces otherwise")
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
         order = [state["model"]["vocab"][a + b] for a, b in pairs]
         if order != sorted(order):

@@ -47,7 +47,7 @@ val_dir = ""  # other shards to validate on; empty: those of data_dir
 log_dir = "log"  # where logs and checkpoints go
 resume = False  # go on with the run in log_dir, if there is one, with its settings
 resume_step = -1  # the same from an earlier checkpoint, of this step; what came behind it is set aside
-init_from = ""  # start from these weights: latest, a .pt file, gpt2 ... gpt2-xl, or a Hugging Face folder
+init_from = ""  # start from these weights: a .pt file, a name on the hub (gpt2, owner/name), or Hugging Face's folder
 eval_only = False  # print the validation loss of ckpt and stop
 ckpt = "latest"  # the model to evaluate, in the forms of init_from
 seed = 1337  # of the weights and the order of the data
@@ -143,12 +143,19 @@ def default_settings(given):
     if saved:
         fixed = ["preset", *ARCHITECTURE, "optimizer", "init_from"]
         settings = logdir.resumed_settings(saved, given, file_settings, fixed) | {"resume": True}
-        share = keep_shares(settings, given.get("max_steps", settings["max_steps"]))
-        return settings | {"cooldown_steps": share["cooldown_steps"]}
+        if (saved.get("last_step") or 0) > saved["step"]:  # a plateau whose cooldown has begun
+            return settings
+        base = settings if settings["max_steps"] else file_settings(settings["preset"])  # no steps have no shares
+        share = keep_shares(base, given.get("max_steps", settings["max_steps"]))
+        return settings | (share if base is not settings else {"cooldown_steps": share["cooldown_steps"]})
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
         name = "gpt2" if found or "data_dir" in given else "tiny"
     settings = PRESETS[name] | {"preset": name}
+    run = logdir.load_resume(given.get("log_dir", log_dir), mmap=True) if given.get("eval_only") else None
+    if run and given.get("ckpt", ckpt) in ("latest", "best"):
+        given = {"data_dir": run["settings"]["data_dir"]} | given  # what it has been trained on
+        settings["data_dir"] = given["data_dir"]
     defaults = file_settings(name)
     settings |= keep_shares(defaults, given.get("max_steps", defaults["max_steps"]))
     if name == "tiny" and not found and "data_dir" not in given:
@@ -183,11 +190,6 @@ def check_settings():
         sys.exit(f"--min_lr={min_lr}: is more than --max_lr={max_lr}; use --min_lr={max_lr / 10:g}")
     if max(beta1, beta2) >= 1:
         sys.exit(f"--beta1={beta1} --beta2={beta2}: must be less than 1")
-
-
-def fit_micro_batch(given, world_size):
-    """Lower B, unless it is given, until a step is a number of whole micro-batches; exits if it cannot be."""
-    globals()["B"] = micro_batch(B, given, T, total_batch_size, world_size)
 
 
 def open_model(shards, saved, given, precision, where):
@@ -235,8 +237,7 @@ def fit_memory(model, train_model, room, world_size, where):
         with torch.compiler.set_stance(stance):
             while B > 1 and not parallel.fits_memory(micro_step, model):
                 print0(f"out of memory with --B={B}: it is halved, and the result stays the same")
-                globals()["B"] //= 2
-                fit_micro_batch(False, world_size)
+                globals()["B"] = micro_batch(B // 2, False, T, total_batch_size, world_size)
 
 
 def describe(model, order, run, precision, where, world_size):
@@ -426,7 +427,8 @@ def main(given):
         return evals.print_validation(ckpt, log_dir, where, validation, B, T, val_tokens, autocast, ranks)
     if schedule == "plateau" and not validation:
         sys.exit("--schedule=plateau needs validation tokens: --val_dir= names shards that have some")
-    fit_micro_batch("B" in given, world_size)
+    most = B if "B" in given or where != "cpu" else min(B, max(1, 8192 // T))  # a processor gains nothing by more
+    globals()["B"] = micro_batch(most, "B" in given, T, total_batch_size, world_size)
     order = train_order(mixture, T, seed)
 
     # The run, the model, and what trains it: as resume.pt has them, or fresh
@@ -442,7 +444,7 @@ def main(given):
     if world_size > 1 and not fsdp:
         where_to = [where] if where.startswith("cuda") else None
         train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
-    if "B" not in given and where != "cpu":
+    if "B" not in given and where != "cpu" and not fsdp:  # whose processes meet in each block: all get there, or none
         fit_memory(model, train_model, 0 if saved else 2, world_size, where)
     run.settings = current_settings(globals())  # with the weights' own architecture, and B as it fits
     full_speed = describe(model, order, run, precision, where, world_size)

@@ -78,7 +78,10 @@ def main():
         sys.exit(f"--data={data}: holds no text to train on")
     if enc.n_vocab < vocab_size:
         print(f"the text has pairs for {enc.n_vocab} tokens only, not {vocab_size}")
-    write_whole(out, lambda f: f.write(json.dumps(tokenizer_state(enc)).encode()))
+    try:
+        write_whole(out, lambda f: f.write(json.dumps(tokenizer_state(enc)).encode()))
+    except OSError as e:
+        sys.exit(f"--out={out}: cannot be written ({e.strerror})")
     print(f"{out}: {enc.n_vocab} tokens, from {size:,} bytes of {data}")
     if held_out:
         print(f"bytes per token on {len(held_out)} documents that were held out:")

@@ -27,7 +27,7 @@ def find_checkpoint(ckpt, log_dir):
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
     found = {int(m[1]): os.path.join(log_dir, m[0]) for name in names if (m := re.fullmatch(r"model_(\d+)\.pt", name))}
     if not found:
-        sys.exit(f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= names another")
+        sys.exit(f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= or --init_from= names another")
     if ckpt == "latest":
         return found[max(found)]
     losses = {path: load_checkpoint(path, mmap=True).get("val_loss") for path in found.values()}

@@ -96,6 +96,61 @@ def test_every_ending(tmp_path, kind, ending):
         assert list(rest) == texts[i + 1 :]
 
 
+def test_every_file_once(tmp_path):
+    """Links to siblings, hidden folders, and shards that are written inside the dataset."""
+    for name in ("real", ".ipynb_checkpoints", "shards"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "latest").symlink_to(tmp_path / "real")
+    (tmp_path / "shards" / ".lock").write_text("")
+    assert found(tmp_path)[0] == ["real"]
+    (tmp_path / ".lock").write_text("")
+    assert found(tmp_path)[0] == ["real"]
+
+
+def test_files_that_come_and_go(run, tmp_path):
+    """The state knows a file by its name: what is done may go, and what is new does not shift the rest."""
+    (tmp_path / "d").mkdir()
+    for name in ("a", "m", "z"):
+        (tmp_path / "d" / f"{name}.jsonl").write_text(jsonl([f"{name}{i}" for i in range(20)]))
+    texts = Documents(str(tmp_path / "d"))
+    seen = [text for _, text in zip(range(45), texts)]
+    state = texts.state_dict()
+    (tmp_path / "d" / "a.jsonl").unlink()
+    (tmp_path / "d" / "b.txt").write_text("new")
+    rest = Documents(str(tmp_path / "d"))
+    rest.load_state_dict(state)
+    assert [*seen, *rest] == [f"{name}{i}" for name in "amz" for i in range(20)]
+
+
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_a_shuffle_buffer_goes_on_anywhere(tmp_path, stop):
+    (tmp_path / "a.jsonl").write_text(jsonl([str(i) for i in range(10)]))
+    whole_run = list(Documents(str(tmp_path / "a.jsonl"), shuffle_buffer=5, seed=1))
+    assert sorted(whole_run, key=int) == [str(i) for i in range(10)] != whole_run
+    seen, state = [], None
+    for limit in (stop, 1, 100):
+        texts = Documents(str(tmp_path / "a.jsonl"), shuffle_buffer=5, seed=1)
+        texts.load_state_dict(state)
+        seen += [text for _, text in zip(range(limit), texts)]
+        state = texts.state_dict()
+    assert seen == whole_run
+
+
+def test_a_fault_that_hides_the_rest_of_a_file_ends_the_run(tmp_path, monkeypatch):
+    """What is behind it cannot be counted."""
+    rows = [json.dumps({"text": f"document {i}"}) for i in range(100)]
+    (tmp_path / "a.json").write_text("[" + ",\n".join([*rows[:5], "{broken", *rows[6:]]) + "]")
+    with pytest.raises(
+        SystemExit, match=r"cannot read .*a\.json: ValueError: object 6: .*; mend it, and the same command"
+    ):
+        found(tmp_path / "a.json")
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    (tmp_path / "b.txt").write_bytes(TEXT.encode()[:5000] + b"\xe9" + TEXT.encode()[5000:])
+    with pytest.raises(SystemExit, match=r"cannot read .*b\.txt: Unreadable: not UTF-8"):
+        found(tmp_path / "b.txt")
+
+
 # -- columns ------------------------------------------------------------------------
 def test_columns_that_nobody_uses(tmp_path):
     """Whose types change, in a file and from file to file, that are null, or without rows."""
@@ -122,6 +177,11 @@ def test_a_column_inside_another(tmp_path):
     assert found(tmp_path, text_column="data.text")[0] == ["x0", "x1", "x2", "dotted", "p"]
     with pytest.raises(SystemExit, match=r"has no column 'body': use --text_column= with one of data"):
         found(tmp_path, text_column="body")
+
+
+def test_a_column_whose_name_has_a_dot(tmp_path):
+    (tmp_path / "a.csv").write_text("id,meta.text\n1,hello\n")
+    assert found(tmp_path / "a.csv", text_column="meta.text")[0] == ["hello"]
 
 
 # -- rows ---------------------------------------------------------------------------
@@ -292,6 +352,13 @@ def test_killed_in_the_middle_of_many_kinds_of_files(run, tmp_path, monkeypatch)
 
 
 # -- tokenizers and models --------------------------------------------------------------
+def test_a_folder_of_the_name_of_a_tokenizer(tmp_path, monkeypatch, gpt2):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "bytes"):
+        (tmp_path / name).mkdir()
+        assert load_tokenizer(name).name == name
+
+
 def gpt2_folder(path, how):
     """A transformers GPT-2 with added tokens, in one of the ways that people save it."""
     transformers = pytest.importorskip("transformers")

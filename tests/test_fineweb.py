@@ -358,7 +358,7 @@ def test_read_text(tmp_path):
             ["--dataset=d.jsonl", "--text_column=body"],
             r"has no column 'body': use --text_column= with one of text, id",
         ),
-        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: ArrowInvalid: .*; mend it or take it out"),
+        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: ArrowInvalid: .*; mend it, and the same"),
         (["--dataset=d.jsonl", "--shard_size=0"], r"--shard_size=0: must be at least 1"),
         (["--dataset=d.jsonl", "--out_dir=full"], r"full holds shards already"),
     ],

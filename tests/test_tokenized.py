@@ -143,6 +143,7 @@ def test_only_as_many_as_are_needed(hub, tmp_path):
     assert process.communicate(timeout=60) and process.returncode == 0
     assert len(all_tokens(tmp_path / "out")[0]) == 30_000
     assert NAMES[2] not in {name for name, _, _ in hub.asked}
+    assert ".fetching" not in os.listdir(tmp_path / "out")
 
 
 def test_what_cannot_be_fetched_is_one_line(hub, tmp_path):
@@ -230,6 +231,11 @@ def test_local_folders(run, tmp_path, gpt2):
         assert np.array_equal(tokens, np.concatenate([a, b, c]))
         assert [shard["tokens"] for shard in meta["shards"]] == [9000, 7000, 7000, 4003]
         assert meta["dataset"] == name
+    run("fineweb.py", "--dataset=nano", "--out_dir=small")  # less than a shard: val.bin is validation all the same
+    tokens, meta = all_tokens(tmp_path / "small")
+    assert [shard["tokens"] for shard in meta["shards"]] == [9000, 18003]
+    assert np.array_equal(tokens, np.concatenate([a, b, c]))
+    run("fineweb.py", "--dataset=nano/val.bin", "--out_dir=val")  # for --val_dir
     run("fineweb.py", "--dataset=nano/train.bin", "--out_dir=one", "--shard_size=7000")
     assert np.array_equal(all_tokens(tmp_path / "one")[0], np.concatenate([b, c]))
 
