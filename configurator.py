@@ -171,7 +171,7 @@ class Output:
     """stdout or stderr, whose reader may be gone (| head, tee after Ctrl-C, a closed terminal): the script goes on."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream = stream or open(os.devnull, "w")  # None: it was closed from the start
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
 

@@ -20,6 +20,7 @@ import lzma
 import os
 import random
 import re
+import stat
 import sys
 import time
 import zlib
@@ -218,13 +219,17 @@ def reader_of(path):
     return None if packed and reader is parquet else reader
 
 
+def unreadable_folder(e):
+    sys.exit(f"{e.filename}: this folder cannot be read ({e.strerror})")
+
+
 def find_files(path):
     """The files of a dataset, in order: of a file, or a folder and those in it. Exits if none can be read."""
     if not os.path.isdir(path):
         found = [path]
     else:
         found, seen = [], set()
-        for folder, folders, names in os.walk(path, followlinks=True):
+        for folder, folders, names in os.walk(path, onerror=unreadable_folder, followlinks=True):
             folders[:] = sorted(x for x in folders if not x.startswith("."))
             real = os.path.realpath(folder)
             if real in seen or (".lock" in names and folder != path):  # by a link, or shards that are being written
@@ -232,6 +237,9 @@ def find_files(path):
                 continue
             seen.add(real)
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]  # ._a.txt is a Mac's
+    for name in found:
+        if not stat.S_ISREG(os.stat(name).st_mode if os.path.exists(name) else 0):
+            sys.exit(f"{name}: is not a file that can be read; take it out")
     cards = [x for x in found if os.path.basename(x).lower() == "readme.md" and x != path]  # of datasets
     files = sorted(name for name in found if reader_of(name) and name not in cards)
     if not files:
@@ -359,7 +367,8 @@ class Documents:
         """The text of a row, None if it is left out; where: (file, number) for its name."""
         if isinstance(row, dict):
             values = {column: column_of(row, column) for column in self.columns}
-            if self.left_out["rows"] == 1 and not any({x, x.partition(".")[0]} & row.keys() for x in self.columns):
+            has_column = any({column, column.partition(".")[0]} & row.keys() for column in self.columns)
+            if self.left_out["rows"] == 1 and not has_column:
                 hint = f"use --text_column= with one of {', '.join(map(str, row))}"
                 sys.exit(f"{self.dataset} has no column {self.columns[0]!r}: {hint}")
             texts = [as_text(value) for value in values.values() if value is not None]
@@ -368,6 +377,8 @@ class Documents:
                 self.left_out["not a string"] += 1
             elif not row:
                 self.left_out["without text"] += 1
+                if not has_column and len(self.named) < 3:
+                    self.named.append(f"{where[0]} {where[1]}: no column {self.columns[0]!r}")
         if isinstance(row, str) and not row.isascii() and re.search("[\ud800-\udfff]", row):
             row = Unreadable("half of a surrogate pair, or not UTF-8")
         if isinstance(row, Unreadable):

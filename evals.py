@@ -135,7 +135,8 @@ def time_left(step, last, every, seconds):
 
     left = {kind: times(n) for kind, n in every.items()} | {"train": last - step - 1}
     if seconds.get("train"):
-        return sum(left[kind] * statistics.median_low(took) for kind, took in seconds.items())
+        total = sum(left[kind] * statistics.median_low(took) for kind, took in seconds.items())
+        return min(total, 1e10)  # which datetime can still say
 
 
 def write_sample(model, enc, prompt, max_new_tokens, seed, autocast, run, log):

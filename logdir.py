@@ -262,7 +262,7 @@ class LogDir:
         if not writes:
             return
         try:
-            self._lock = lock_folder(path)
+            self._hold()
             now = load_resume(path, resume_step, mmap=True) if resume else None
             if (now or {}).get("step") != (saved or {}).get("step"):
                 sys.exit(f"{path}/: another run has just saved there; --resume again goes on from that")
@@ -316,20 +316,27 @@ class LogDir:
                 text = "".join(line for line in f if comes_before(line))
             write_whole(path, lambda f, text=text: f.write(text.encode(errors="surrogateescape")))
 
+    def _hold(self):
+        """Lock the folder, and remember which it is, whatever is moved to its name."""
+        self._lock, now = lock_folder(self.path), os.stat(self.path)
+        self._identity = now.st_dev, now.st_ino
+
     def _append(self, name, line):
         if name not in self._files:
             self._files[name] = open(os.path.join(self.path, name), "a+", buffering=1)
         self._files[name].write(line + "\n")
 
     def _beside(self, work):
-        """work(), once more in a new folder if this one has been moved, deleted or closed to us."""
+        """work(), once more in a new folder if this one has been moved, deleted, replaced or closed to us."""
         try:
+            if (now := os.stat(self.path)) and (now.st_dev, now.st_ino) != self._identity:
+                raise FileNotFoundError(errno.ENOENT, "another folder is in its place")
             return work()
         except OSError as e:
             if e.errno not in LOST:
                 raise
             was, self.path = self.path, free_name(self.path.rstrip("/"))
-            self._lock = lock_folder(self.path)
+            self._hold()
             for name, f in self._files.items():  # which we hold, wherever it is now
                 f.seek(0)
                 self._files[name] = open(os.path.join(self.path, name), "a+", buffering=1)

@@ -65,7 +65,10 @@ class TrainOrder:
 
     def silence(self):
         """Seconds since meta.json, which fineweb.py touches while it is at work, was last seen to change."""
-        sign = os.stat(os.path.join(self.shards.data_dir, "meta.json")).st_mtime_ns
+        try:
+            sign = os.stat(os.path.join(self.shards.data_dir, "meta.json")).st_mtime_ns
+        except FileNotFoundError:  # gone: as silent as can be, so that the run is saved and ends
+            return math.inf
         if sign != self._sign:
             self._sign, self._heard_at = sign, time.monotonic()
         return time.monotonic() - self._heard_at

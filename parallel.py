@@ -30,7 +30,7 @@ PEAK_TFLOPS = {
     "RTX 3090 Ti": 80, "RTX 3090": 71.2, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6,
     "RTX 3060 Ti": 32.4, "RTX 3060": 25.5, "MI325X": 1307.4, "MI300X": 1307.4, "MI250X": 383, "MI210": 181,
 }  # fmt: skip
-SAID = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)  # what a disk may say
+SAID = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EIO EACCES EPERM EISDIR EEXIST".split()}  # by a disk
 NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver shows of them
 
 

@@ -91,7 +91,7 @@ def ready(model, dtype, device):
 
 
 def main():
-    if seed >= 1 << 63:
+    if abs(seed) >= 1 << 63:
         sys.exit(f"--seed={seed}: must be less than 2^63")
     if num_samples < 1 or max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         sys.exit("expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
@@ -131,7 +131,7 @@ def main():
     try:
         while line := input("prompt> "):
             sample(line)
-    except EOFError:
+    except (EOFError, RuntimeError):  # RuntimeError: there is no input
         pass
 
 

@@ -47,7 +47,9 @@ def load_checkpoint(path, mmap=False):
     except pickle.UnpicklingError:
         sys.exit(f"{path}: refused, it holds something else than tensors and plain values")
     except Exception as e:  # torch's reader raises whatever its parts do on a file that is none
-        sys.exit(f"{path}: not a whole checkpoint file ({str(e).partition(chr(10))[0] or type(e).__name__})")
+        why = str(e).partition("\n")[0].partition(". ")[0] or type(e).__name__
+        back = "; --resume_step= goes back to an earlier one" if "resume" in os.path.basename(path) else ""
+        sys.exit(f"{path}: not a whole checkpoint file ({why}){back}")
 
 
 def read_checkpoint(path):

@@ -63,6 +63,24 @@ def test_names_are_names(tmp_path, monkeypatch):
     assert found("da[t]a/notes[1].jsonl")[0] == ["notes[1].jsonl"]
 
 
+def test_what_is_no_file_is_named(tmp_path):
+    """Instead of waiting for a pipe for ever, or blaming the shards' folder."""
+    (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(SystemExit, match=r"b\.txt: is not a file that can be read; take it out"):
+        found(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "c.txt").symlink_to("/nonexistent")
+    with pytest.raises(SystemExit, match=r"c\.txt: is not a file that can be read; take it out"):
+        found(tmp_path)
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "d.jsonl").write_text('{"content": "y"}\n')
+    assert found(tmp_path) == (
+        ["x"],
+        f"of 2 rows were left out: 1 without text ({tmp_path}/d.jsonl line 1: no column 'text')",
+    )
+
+
 def test_what_is_not_read_is_counted(tmp_path, capsys):
     for name in ("a.txt", "b.pdf", "c.pdf", "d.docx", "e", "README.md"):
         (tmp_path / name).write_text("x")

@@ -210,6 +210,28 @@ def test_the_log_folder_is_gone(run, shards, tmp_path, at_step, how):
     run("train_gpt2.py", "--resume", "--log_dir=log_1", "--max_steps=9")
 
 
+def test_another_run_takes_the_place_of_a_folder_that_was_moved(run, shards, tmp_path, at_step):
+    """Neither writes into the other's."""
+    run("train_gpt2.py", *SMALL, "--log_dir=whole")
+
+    def replaced():
+        os.rename(tmp_path / "log", tmp_path / "elsewhere")
+        (tmp_path / "log").mkdir()
+        (tmp_path / "log" / "model_00001.pt").write_text("another run's")
+
+    at_step(4, replaced)
+    out = run("train_gpt2.py", *SMALL)
+    assert "(another folder is in its place): this run goes on in log_1/" in out
+    assert os.listdir(tmp_path / "log") == ["model_00001.pt"]
+    assert (tmp_path / "log_1" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
+
+
+def test_output_that_was_closed_from_the_start(shards, tmp_path):
+    line = quoted(*command("train_gpt2.py", *SMALL))
+    assert shell(f"{line} >&- 2>&-", tmp_path).wait(60) == 0
+    assert list(read_log(tmp_path / "log", "train")) == list(range(8))
+
+
 def test_edited_logs(run, shards, tmp_path):
     """Notes among the records stay; what is no record harms neither the run nor its picture."""
     run("train_gpt2.py", *SMALL, "--max_steps=6")
@@ -436,7 +458,9 @@ def test_prompts_as_help_shows_them(run, shards, tmp_path):
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n"
+    )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command("sample.py"), capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.returncode != 0 and result.stderr == ""
