@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 
 from configurator import configure
@@ -210,6 +211,8 @@ def main():
             write_pt(model, enc, path)
             print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB; python sample.py --ckpt={path}")
     except OSError as e:
+        if format == "hf":  # which was not there before, or empty: half of one would be refused the next time
+            shutil.rmtree(path, ignore_errors=True)
         sys.exit(f"{path}: cannot be written ({e.strerror or e})")
 
 
