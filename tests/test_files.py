@@ -553,3 +553,38 @@ def test_a_million_blanks(run, tmp_path, gpt2):
     run("train_tokenizer.py", "--data=many.txt", "--vocab_size=260", "--out=t.json", "--max_bytes=0")
     assert encode(gpt2, "\ud83d").tolist() == encode(gpt2, "?").tolist()
     assert isinstance(More("x"), str)
+
+
+# -- evals --------------------------------------------------------------------------
+def test_hellaswag_files(tmp_path):
+    """A BOM, blank lines, Hugging Face's labels; a context of nothing or brackets scores the same beside any others."""
+    import hellaswag
+
+    item = {
+        "ctx": "A",
+        "ctx_a": "A",
+        "ctx_b": "",
+        "activity_label": "B",
+        "endings": ["x", "yy", "z", "w"],
+        "label": "1",
+    }
+    empty = item | {"ctx": "", "ctx_a": "[header]", "activity_label": "[title]"}
+    lines = [json.dumps(x) for x in (item, empty, item | {"label": 3})]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n \n", encoding="utf-8")
+    items = hellaswag.load_items(str(tmp_path / "a.jsonl"))
+    assert [x["label"] for x in items] == [1, 1, 3]
+    assert hellaswag.completion_style(items[1], BYTES)[0][0][0] == [BYTES.eot_token]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 257, 1, 2, 32)).eval()
+    assert hellaswag.predict(model, BYTES, items)[0][1] == hellaswag.predict(model, BYTES, items[1:2])[0][0]
+    (tmp_path / "b.jsonl").write_text(json.dumps(item | {"label": "4"}))
+    with pytest.raises(SystemExit, match=r"b\.jsonl line 1: not a HellaSwag item"):
+        hellaswag.load_items(str(tmp_path / "b.jsonl"))
+
+
+def test_a_number_where_ewok_has_a_text():
+    import ewok
+
+    item = {"Context1": "a", "Context2": "b", "Target1": 5, "Target2": "d"}
+    with pytest.raises(SystemExit, match=r"x line 1: an item without a text in Target1"):
+        ewok.parse("x", json.dumps(item).encode())
