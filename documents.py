@@ -39,8 +39,6 @@ HUB = {
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 PIECE = 1 << 20  # characters of a document that are in memory at a time
 ROLES = {"human": "User", "gpt": "Assistant"}  # as ShareGPT calls them
-
-
 BROKEN = (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error)  # what a file may raise, by pyarrow too
 
 

@@ -18,8 +18,8 @@ import time
 import torch
 import torch.distributed as dist
 
-# TFLOP/s for MFU, by words of the name, from the makers' data sheets and white papers: dense, in bfloat16 (float16
-# before Ampere) with float32 accumulation. V100s need a torch that is built for CUDA 12: CUDA 13's starts at Turing.
+# TFLOP/s for MFU, by words of the name, as the makers' data sheets have them (from memory: check your card's): dense,
+# in bfloat16 (float16 before Ampere) with float32 accumulation. V100s need a torch for CUDA 12: 13's starts at Turing.
 PEAK_TFLOPS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H20": 148,
     "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "V100": 125,
