@@ -33,6 +33,7 @@ import export
 import fineweb
 import hellaswag
 from model import GPT, GPTConfig
+from optimizers import configure_optimizers
 from parallel import cores, keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 import sample
 from scoring import score_completions
@@ -93,7 +94,7 @@ def train_ours():
     keep_freed_memory()
     model = new_model().to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
-    (optimizer,) = model.configure_optimizers(0.1, 6e-4)
+    (optimizer,) = configure_optimizers(model, 0.1, 6e-4)
     return training(model, forward, optimizer, pick_autocast(dtype, device, cache=False))
 
 

@@ -4,8 +4,8 @@
     python export.py --format=onnx --out=model.onnx         # input_ids (batch, length) -> logits
     python export.py --format=pt --out=model.pt             # bfloat16, half the size; sample.py --ckpt=model.pt
 
-The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a Llama-, Qwen3- or
-ApertusForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
+The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a NanoChat-, Llama-
+or Qwen3ForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ import shutil
 import sys
 
 from configurator import configure
-from model import load_model
+from model import GPTConfig, load_model
 from shards import write_whole
 from tokenizer import EOT, byte_characters, tokenizer_state
-from weights import llama_names
+from weights import LLAMAS, llama_tensors
 
 import torch
 
@@ -95,38 +95,35 @@ def gpt2(model):
     return config, tensors
 
 
-def llama(model):
-    """The same as LlamaForCausalLM, or as one of its kin that have norms on queries and keys.
-
-    Qwen3ForCausalLM is Llama with these, ApertusForCausalLM has an MLP without a gate as well.
-    """
+def llama(model, kind):
+    """The same as one of LLAMAS: LlamaForCausalLM, or one of its kin."""
     c = model.config
-    gated = c.mlp == "swiglu"
-    name = "Llama" if not c.qk_norm else "Qwen3" if gated else "Apertus"
-    config = {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()}
-    config |= {"hidden_act": {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[c.mlp]}
+    acts = {"swiglu": "silu", "relu2": "relu2", "gelu": "gelu_pytorch_tanh"}
+    config = {"architectures": [f"{LLAMAS[kind]}ForCausalLM"], "model_type": kind, "hidden_act": acts[c.mlp]}
     config |= {"hidden_size": c.n_embd, "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features}
     config |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_head}
-    config |= {"head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size, "rms_norm_eps": 1e-5}
-    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    config |= {"rope_theta": 10000.0, "rope_scaling": None}  # in transformers before 5
+    config |= {"head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size}
+    config |= {"rms_norm_eps": model.transformer.ln_f.eps, "rope_theta": 10000.0, "rope_scaling": None}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # transformers from 5 on
     config |= {"attention_bias": False, "mlp_bias": False}
-    weights, tensors = model.state_dict(), {}
-    for ours, theirs in llama_names(name.lower(), c.n_layer).items():
-        parts = weights[f"{ours}.weight"].chunk(len(theirs))
-        tensors |= {f"{x}.weight": part for x, part in zip(theirs, parts, strict=True)}
-    return config, tensors
+    if kind == "nanochat":
+        config["final_logit_softcapping"] = c.softcap or None
+    return config, llama_tensors(kind, c, model.state_dict())
 
 
 def to_architecture(model):
     """gpt2(model) or llama(model), whichever the model is; exits if it is neither."""
     c = model.config
-    kind = {key: getattr(c, key) for key in ("pos", "norm", "mlp", "qk_norm", "bias")}
-    if list(kind.values()) == ["learned", "layernorm", "gelu", False, True]:
+    fields = ("pos", "norm", "mlp", "qk_norm", "bias", "embd_norm", "softcap")
+    parts = {key: getattr(c, key) for key in fields}
+    if parts == {key: getattr(GPTConfig, key) for key in fields}:
         return gpt2(model)
-    if (c.pos, c.norm, c.bias) == ("rope", "rmsnorm", False) and (c.qk_norm or c.mlp == "swiglu"):
-        return llama(model)
-    parts = ", ".join(f"{key}={value}" for key, value in kind.items())
+    same = (c.pos, c.bias) == ("rope", False)
+    if same and (c.norm, c.qk_norm, c.embd_norm) == ("weightless", True, True) and c.mlp != "swiglu":
+        return llama(model, "nanochat")
+    if same and (c.norm, c.mlp, c.embd_norm, c.softcap) == ("rmsnorm", "swiglu", False, 0):
+        return llama(model, "qwen3" if c.qk_norm else "llama")
+    parts = ", ".join(f"{key}={value}" for key, value in parts.items())
     sys.exit(f"no architecture of transformers has {parts}; --format=pt and onnx take any")
 
 

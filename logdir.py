@@ -106,6 +106,10 @@ def resumed_settings(saved, given, file_settings, fixed):
     those that a run cannot change.
     """
     was = saved["settings"]
+    if "softcap" not in was:  # a run of when `modern` and Muon were others, which it goes on with
+        optimizer = {"muon": "muon1"}.get(was["optimizer"], was["optimizer"])
+        was = file_settings("gpt2") | was | {"optimizer": optimizer}
+        saved = saved | {"defaults": file_settings(was["preset"])}  # no difference is an edit of the file
     now = file_settings(was["preset"])
     for key in fixed:
         if given.get(key, was.get(key, now[key])) != was.get(key, now[key]):

@@ -2,15 +2,15 @@
 
 Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2 and GPT-3
 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings. State-dict names are those of
-Hugging Face's GPT2LMHeadModel; given the same weights so are the logits. GPTConfig's last five fields each exchange one
-of these parts for what came later; the defaults are GPT-2.
+Hugging Face's GPT2LMHeadModel; given the same weights so are the logits. GPTConfig's later fields each exchange one of
+these parts for what came after it; the defaults are GPT-2.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
     model, enc = load_model("latest")                                  # newest log/model_*.pt
     model, enc = load_model("gpt2-xl")                                 # OpenAI's weights
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import math
 import os
@@ -35,17 +35,21 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     pos: str = "learned"  # or rope
-    norm: str = "layernorm"  # or rmsnorm
+    norm: str = "layernorm"  # or rmsnorm, weightless (RMSNorm without weights)
     mlp: str = "gelu"  # or swiglu, relu2
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     bias: bool = True  # in linear layers and LayerNorms
+    embd_norm: bool = False  # a norm behind the embeddings
+    softcap: float = 0.0  # logits z become softcap tanh(z / softcap); 0: they stay
+    zero_init: bool = False  # the layers that lead back into the stream begin at zero
 
 
 class RMSNorm(nn.RMSNorm):
     """https://arxiv.org/abs/1910.07467, in float32 whatever the input and the weight are."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = None if self.weight is None else self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -60,9 +64,9 @@ class LayerNorm(nn.LayerNorm):
 
 def new_norm(config, size):
     """The LayerNorm or RMSNorm of a model, over vectors of `size`."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(size, eps=1e-5)
-    return LayerNorm(size, bias=config.bias)
+    if config.norm == "layernorm":
+        return LayerNorm(size, bias=config.bias)
+    return RMSNorm(size, eps=1e-5) if config.norm == "rmsnorm" else RMSNorm(size, eps=1e-6, elementwise_affine=False)
 
 
 def rotation(positions, head_size):
@@ -108,7 +112,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
-            self.q_norm, self.k_norm = (RMSNorm(config.n_embd // config.n_head, eps=1e-5) for _ in "qk")
+            kind = config if config.norm == "weightless" else replace(config, norm="rmsnorm")
+            self.q_norm, self.k_norm = (new_norm(kind, config.n_embd // config.n_head) for _ in "qk")
 
     def forward(self, x, cache=None, pos=0, mask=None, turn=None):
         """x (B, T, C) -> (B, T, C). See GPT.hidden for the other arguments."""
@@ -193,6 +198,11 @@ def recompute(block, x, *args, everything=False):
     return checkpoint(block, x, *args, **how, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
 
 
+def capped(logits, softcap):
+    """softcap tanh(logits / softcap), https://arxiv.org/abs/2408.00118; the logits themselves where it is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy of logits x @ weight.T, some rows at a time; the logits are never whole.
 
@@ -201,7 +211,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, with_gradients):
         """x (N, C), weight (rows, C), targets (N,), -1 for none -> (loss, accuracy), both scalars, float32.
 
         loss is in nats, accuracy the share of targets with the highest logit: not counted with_gradients.
@@ -217,6 +227,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), size):
             part = slice(i, i + size)
             p = x[part] @ w.t()  # logits, then probabilities, then gradients, so that none outlives its use
+            slope = 1
+            if softcap:
+                p = capped(p, softcap)
+                slope = 1 - (p / softcap) ** 2 if with_gradients else 1
             p[:, vocab_size:] = -math.inf  # the rows that pad the vocabulary
             p = p.log_softmax(dim=-1, dtype=torch.float32)
             target = targets[part, None].clamp(min=0)
@@ -226,9 +240,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:  # of the sum over rows: softmax minus one-hot
                 if torch.compiler.is_compiling() and x.device.type != "cpu":
                     # One kernel with the softmax: a fifth of the bytes.
-                    p = (p.exp() - (torch.arange(len(weight), device=x.device) == target).float()).to(x.dtype)
+                    p = p.exp() - (torch.arange(len(weight), device=x.device) == target).float()
                 else:
-                    p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1)).to(x.dtype)
+                    p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
+                p = (p * slope if softcap else p).to(x.dtype)
                 # Apple's M1 and M2 go wrong beyond 32,767 addends, https://github.com/pytorch/pytorch/issues/193487
                 width = 32_000 if x.device.type == "mps" else len(w)
                 products = [a @ b for a, b in zip(p.split(width, 1), w.split(width), strict=True)]
@@ -248,12 +263,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count), (dw * (grad / count)).to(ctx.dtype), None, None, None
+        return dx * (grad / count), (dw * (grad / count)).to(ctx.dtype), None, None, None, None
 
 
 def check_config(config):
     """Exit with one line if there is no such model."""
-    choices = {"pos": ("learned", "rope"), "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
+    choices = {"pos": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
+    choices |= {"norm": ("layernorm", "rmsnorm", "weightless")}
     for key, known in choices.items():
         if getattr(config, key) not in known:
             sys.exit(f"{key}={getattr(config, key)}: choose {' or '.join(known)}")
@@ -276,6 +292,8 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd)})
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.embd_norm:  # https://arxiv.org/abs/2110.02861
+            self.transformer["ln_e"] = new_norm(config, config.n_embd)
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = new_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
@@ -291,7 +309,8 @@ class GPT(nn.Module):
             # Two residual additions a layer: scale them so that the stream's variance does not grow with depth (GPT-2
             # paper, section 2.3). apply() has been to a module's children by now.
             for proj in (module.attn.c_proj, module.mlp.c_proj):
-                nn.init.normal_(proj.weight, std=0.02 * (2 * self.config.n_layer) ** -0.5)
+                std = 0 if self.config.zero_init else 0.02 * (2 * self.config.n_layer) ** -0.5
+                nn.init.normal_(proj.weight, std=std)
 
     def hidden(self, idx, cache=None, pos=0, positions=None, mask=None):
         """The final hidden states (B, T, C) of token ids idx (B, T).
@@ -310,6 +329,8 @@ class GPT(nn.Module):
             turn = rotation(positions, self.config.n_embd // self.config.n_head)
             if positions.dim() == 2:  # one angle for all heads
                 turn = [t[:, None] for t in turn]
+        if self.config.embd_norm:
+            x = self.transformer.ln_e(x)
         kind = x.device.type
         if torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and kind != "cpu":
             # On GPUs training keeps the stream itself in bfloat16: a quarter less traffic. Over 8 seeds of 300 steps on
@@ -322,7 +343,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) to logits (..., vocab_size)."""
-        return self.lm_head(x)[..., : self.config.vocab_size]
+        return capped(self.lm_head(x)[..., : self.config.vocab_size], self.config.softcap)
 
     def forward(self, idx, targets=None, with_accuracy=False):
         """Logits (B, T, vocab_size) of token ids idx (B, T); with targets (B, T) the loss instead.
@@ -337,7 +358,8 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = (x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        loss, accuracy = LinearCrossEntropy.apply(*rows, self.config.vocab_size, torch.is_grad_enabled())
+        how = (self.config.vocab_size, self.config.softcap, torch.is_grad_enabled())
+        loss, accuracy = LinearCrossEntropy.apply(*rows, *how)
         return (loss, accuracy) if with_accuracy else loss
 
     def position_weights(self):
@@ -357,25 +379,6 @@ class GPT(nn.Module):
         """
         N = self.num_params() - sum(p.numel() for p in self.position_weights())
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
-
-    def configure_optimizers(self, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
-        """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of the blocks.
-
-        Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of a matrix. It is scaled to the size
-        that AdamW's has, so that one learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
-        Weight decay is on matrices and embeddings only.
-        """
-        hidden = [p for p in self.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
-        rest = [p for p in self.parameters() if not any(p is matrix for matrix in hidden)]
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
-        ]
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
-        if hidden:
-            muon = torch.optim.Muon(hidden, lr, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(muon)
-        return optimizers
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):

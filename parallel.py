@@ -406,12 +406,11 @@ def whole(value):
 def shares(optimizer):
     """Muon's matrices, the large ones first; rank r has the work of each world_size-th from number r on.
 
-    None of AdamW's, none where there is one process, and none with FSDP: there the matrices are DTensors, and the
-    processes share each of Muon's products.
+    None of AdamW's, none where there is one process, and none with FSDP, where each process works on all of them.
     """
-    if not (dist.is_initialized() and isinstance(optimizer, torch.optim.Muon)):
+    if not (dist.is_initialized() and "momentum" in optimizer.param_groups[0]):
         return []
-    whole_ones = [p for p in optimizer.param_groups[0]["params"] if not is_divided(p)]
+    whole_ones = [p for group in optimizer.param_groups for p in group["params"] if not is_divided(p)]
     return sorted(whole_ones, key=torch.numel, reverse=True)
 
 

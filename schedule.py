@@ -31,6 +31,11 @@ def get_lr(s, step, last_step, lengthened=None):
     return lr
 
 
+def get_momentum(s, step):
+    """Muon's momentum: from 0.85 to 0.95 over the first 300 steps, or a tenth of a shorter run."""
+    return 0.85 + 0.1 * min(1, step / max(1, min(300, s["max_steps"] // 10)))
+
+
 def stalled(losses, patience):
     """Whether the best of the last `patience` validation losses is no better, by 0.002, than the best before.
 
@@ -41,9 +46,16 @@ def stalled(losses, patience):
 
 
 def keep_shares(s, max_steps):
-    """The warmup and cooldown of settings that were made for another max_steps: as large a share of this one."""
+    """The warmup and cooldown of settings that were made for another max_steps: as large a share of this one.
+
+    And with Muon the weight decay by which a weight forgets its past in as large a share of the run, 1 / (max_lr
+    weight_decay) steps, as nanochat has it (https://arxiv.org/abs/2405.13698).
+    """
     warmup, cooldown = s["warmup_steps"] * max_steps, s["cooldown_steps"] * max_steps
-    return {"warmup_steps": -(-warmup // s["max_steps"]), "cooldown_steps": cooldown // s["max_steps"]}
+    shares = {"warmup_steps": -(-warmup // s["max_steps"]), "cooldown_steps": cooldown // s["max_steps"]}
+    if s["optimizer"] == "muon" and max_steps:
+        shares["weight_decay"] = float(f"{s['weight_decay'] * s['max_steps'] / max_steps:.3g}")
+    return shares
 
 
 def check_schedule(s):
@@ -77,6 +89,8 @@ def describe_schedule(s, lengthened=None):
     line = (
         f"{s['max_steps']:,} steps, {s['schedule']}: warmup {s['warmup_steps']:,}, stable {stable:,}, decay {decay:,}"
     )
+    if s["optimizer"] == "muon":
+        line += f"; weight decay {s['weight_decay']:g}"
     if lengthened:
         at, then = lengthened
         line += f"; longer than it was: the learning rate rises again from {then:.1e}, from step {at} on"

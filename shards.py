@@ -7,6 +7,7 @@ shard its file, split, tokens, documents (those that start in it) and UTF-8 byte
 build-nanogpt writes it, holds GPT-2 tokens.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 import functools
 import json
 import os
@@ -215,13 +216,17 @@ class ShardWriter:
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
         shard = {"file": name, "split": split, "tokens": len(tokens)}
-        parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
-        shard["documents"] = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
-        shard["bytes"] = sum(int(self.byte_lengths.take(part).sum(dtype=np.int64)) for part in parts)
-        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
-        self.meta["shards"].append(shard)
+        with ThreadPoolExecutor(1) as pool:  # to count meanwhile, which takes as long
+            counts = pool.submit(self._count, tokens)
+            write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
+        self.meta["shards"].append(shard | counts.result())
         self.written += len(tokens)
         self._write_meta()
+
+    def _count(self, tokens):
+        parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
+        documents = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
+        return {"documents": documents, "bytes": sum(int(self.byte_lengths.take(part).sum()) for part in parts)}
 
     def _write_meta(self):
         path = os.path.join(self.out_dir, "meta.json")

@@ -30,10 +30,11 @@ from fineweb import make_demo_shards
 import hellaswag
 import logdir
 from model import GPT, GPTConfig, load_model
+from optimizers import configure_optimizers
 from order import in_words, micro_batch, open_mixture, train_order, wait_for
 import parallel
 from parallel import pick_autocast, pick_compile, pick_dtype, print0
-from schedule import check_schedule, describe_schedule, get_lr, keep_shares, stalled
+from schedule import check_schedule, describe_schedule, get_lr, get_momentum, keep_shares, stalled
 from shards import has_shards
 
 import torch
@@ -56,16 +57,19 @@ n_layer = 12  # blocks
 n_head = 12  # attention heads a block; n_embd / 64 in GPT-2
 n_embd = 768  # width
 pos = "learned"  # positions: learned or rope
-norm = "layernorm"  # or rmsnorm
+norm = "layernorm"  # or rmsnorm, weightless (RMSNorm without weights)
 mlp = "gelu"  # or swiglu (of as many parameters), relu2
 qk_norm = False  # RMSNorm on queries and keys
 bias = True  # in linear layers and LayerNorms
+embd_norm = False  # a norm behind the embeddings
+softcap = 0.0  # logits go no further than this, by tanh; 0: no limit
+zero_init = False  # the layers that lead back into the stream begin at zero
 # batch
 B = 64  # micro-batch: sequences a device holds at a time; changes memory and speed, not the result
 T = 1024  # context: tokens a sequence
 total_batch_size = 524_288  # tokens a step, over all devices and micro-batches
 # optimizer and schedule
-optimizer = "adamw"  # or muon, for the matrices of the blocks (and AdamW for the rest)
+optimizer = "adamw"  # or muon, for the matrices of the blocks (and AdamW for the rest); muon1: as it was before
 schedule = "cosine"  # or wsd: max_lr, then a cooldown to min_lr; plateau: wsd that ends when it stalls
 cooldown_steps = 1900  # of wsd and plateau: linear from max_lr to min_lr
 patience = 8  # of plateau: the cooldown begins when so many validation losses have brought no gain of 0.002
@@ -73,7 +77,7 @@ max_steps = 19_073  # 1 epoch of 10B tokens at 0.5M tokens a step
 warmup_steps = 715  # GPT-3's 375M tokens
 max_lr = 6e-4  # GPT-3 124M's
 min_lr = 6e-5  # a tenth of it
-weight_decay = 0.1  # on matrices and embeddings
+weight_decay = 0.1  # on matrices and embeddings; of muon on matrices, and the larger the shorter the run
 beta1 = 0.9  # decay of AdamW's mean of the gradients
 beta2 = 0.95  # decay of its mean of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
@@ -106,20 +110,21 @@ compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
 fsdp = False  # divide weights, gradients and optimizer among the processes: for models too large for a card
 activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, slower
 
+# What transformers calls NanoChat, trained by the recipe of modded-nanogpt's records and of nanochat: see README.md.
 MODERN = dict(
-    pos="rope", norm="rmsnorm", qk_norm=True, bias=False,
-    optimizer="muon", schedule="wsd", min_lr=0.0,
+    pos="rope", norm="weightless", qk_norm=True, bias=False, mlp="relu2", embd_norm=True, softcap=15.0, zero_init=True,
+    optimizer="muon", schedule="wsd", min_lr=0.0, beta1=0.8,
 )  # fmt: skip
 
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
-    "tiny": MODERN | dict(  # with ReLU^2, since torch's tanh-GELU is slow on CPUs
-        n_layer=3, n_head=4, n_embd=128, mlp="relu2", B=16, T=128, total_batch_size=2048,
+    "tiny": MODERN | dict(
+        n_layer=3, n_head=4, n_embd=128, B=16, T=128, total_batch_size=2048,
         max_steps=1100, warmup_steps=20, cooldown_steps=110, max_lr=5e-3, schedule="cosine", beta2=0.99,
         eval_every=275, hellaswag_every=0, ewok_every=0, save_every=275,
         sample_every=275, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),
-    "modern": MODERN | dict(max_lr=2e-3),
+    "modern": MODERN | dict(max_lr=3.6e-3, warmup_steps=40, cooldown_steps=11_444, weight_decay=0.04),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, B=16, max_lr=2.5e-4, min_lr=2.5e-5),
@@ -156,7 +161,7 @@ def default_settings(given):
     if run and given.get("ckpt", ckpt) in ("latest", "best"):
         given = {"data_dir": run["settings"]["data_dir"]} | given  # what it has been trained on
         settings["data_dir"] = given["data_dir"]
-    defaults = file_settings(name)
+    defaults = file_settings(name) | {key: given[key] for key in ("optimizer",) if key in given}
     settings |= keep_shares(defaults, given.get("max_steps", defaults["max_steps"]))
     if name == "tiny" and not found and "data_dir" not in given:
         settings["data_dir"] = DEMO_DIR
@@ -178,7 +183,7 @@ def check_settings():
             check_numbers(1 if key in positive else -1 if key in ("plot_every", "resume_step") else 0, **{key: value})
     if seed >= 1 << 63:
         sys.exit(f"--seed={seed}: must be less than 2^63")
-    for key, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "plateau"))):
+    for key, known in (("optimizer", ("adamw", "muon", "muon1")), ("schedule", ("cosine", "wsd", "plateau"))):
         if globals()[key] not in known:
             sys.exit(f"--{key}={globals()[key]}: choose {', '.join(known)}")
     if schedule == "plateau" and not eval_every:
@@ -356,7 +361,9 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for opt in optimizers:
         for group in opt.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_share", 1)
+            if "parts" in group:
+                group["momentum"] = get_momentum(run.settings, run.step)
         if finite:
             parallel.step_optimizer(opt, scaler)
         opt.zero_grad(set_to_none=True)
@@ -436,7 +443,7 @@ def main(given):
     settings, defaults = current_settings(globals()), file_settings(preset)
     run = logdir.begin(log_dir, saved, given, order, settings, defaults, str(precision))
     model = open_model(next(iter(mixture)), saved, given, precision, where)
-    optimizers = model.configure_optimizers(weight_decay, max_lr, (beta1, beta2), optimizer)
+    optimizers = configure_optimizers(model, weight_decay, max_lr, (beta1, beta2), optimizer)
     scaler = torch.amp.GradScaler(where.split(":")[0], enabled=precision == torch.float16)
     if saved:
         logdir.restore(log_dir, optimizers, scaler, saved)

@@ -98,7 +98,8 @@ def read_hugging_face(source):
     if kind in LLAMAS:
         try:
             for ours, theirs in llama_names(kind, config["n_layer"]).items():
-                state[f"{ours}.weight"] = torch.cat([tensors.pop(f"{name}.weight") for name in theirs]).float()
+                parts = [turned(kind, x, tensors.pop(f"{x}.weight"), config["n_head"]) for x in theirs]
+                state[f"{ours}.weight"] = torch.cat(parts).float()
         except KeyError as e:
             sys.exit(f"{source}: holds no {e}")
     for name, tensor in tensors.items():
@@ -152,48 +153,72 @@ def refuse_others(hf, source, known, whose):
             sys.exit(f"{source}: its config.json says {key}={hf[key]}; {whose} has {values[0]}")
 
 
-LLAMAS = ("llama", "qwen3", "apertus")  # model types that are this project's with pos=rope and norm=rmsnorm
+# {model type: class} of what is this project's with pos=rope, and of which export.py writes some.
+LLAMAS = {"llama": "Llama", "qwen3": "Qwen3", "nanochat": "NanoChat"}
 
 
 def llama_config(hf, source):
-    """The same of a Llama, Qwen3 or Apertus; exits for what export.py does not write."""
+    """The same of one of LLAMAS; exits for what export.py does not write."""
     try:
-        n_embd, n_head = hf["hidden_size"], hf["num_attention_heads"]
-        gated = hf["model_type"] != "apertus"
-        acts = {"silu": "swiglu"} if gated else {"relu2": "relu2", "gelu_pytorch_tanh": "gelu"}
-        width = round(8 * n_embd / 3 / 8) * 8 if gated else 4 * n_embd
+        n_embd, n_head, nanochat = hf["hidden_size"], hf["num_attention_heads"], hf["model_type"] == "nanochat"
+        acts = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu"} if nanochat else {"silu": "swiglu"}
+        width = 4 * n_embd if nanochat else round(8 * n_embd / 3 / 8) * 8
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         theta, kind = rope.get("rope_theta", hf.get("rope_theta", 1e4)), rope.get("rope_type", "default")
         known = {"num_key_value_heads": (n_head,), "head_dim": (n_embd // n_head, None), "intermediate_size": (width,)}
-        known |= {"rms_norm_eps": (1e-5,), "attention_bias": (False,), "mlp_bias": (False,), "rope_theta": (1e4,)}
-        known |= {"tie_word_embeddings": (True,), "hidden_act": tuple(acts), "rope_type": ("default",)}
-        refuse_others(hf | {"rope_theta": theta, "rope_type": kind}, source, known, "what export.py writes")
-        config = {
-            "vocab_size": hf["vocab_size"],
-            "n_layer": hf["num_hidden_layers"],
-            "n_head": n_head,
-            "n_embd": n_embd,
-        }
-        config |= {"block_size": hf["max_position_embeddings"], "mlp": acts[hf["hidden_act"]], "bias": False}
+        known |= {"rms_norm_eps": (1e-6 if nanochat else 1e-5,), "rope_theta": (1e4,), "rope_type": ("default",)}
+        known |= {"attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (True,)}
+        refuse_others(
+            hf | {"rope_theta": theta, "rope_type": kind},
+            source,
+            known | {"hidden_act": tuple(acts)},
+            "what export.py writes",
+        )
+        config = {"n_layer": hf["num_hidden_layers"], "n_head": n_head, "n_embd": n_embd, "bias": False, "pos": "rope"}
+        config |= {"vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"]}
+        config |= {"mlp": acts[hf["hidden_act"]], "qk_norm": hf["model_type"] != "llama", "norm": "rmsnorm"}
     except (KeyError, TypeError) as e:
         sys.exit(f"{source}: its config.json has no {e}")
-    return config | {"pos": "rope", "norm": "rmsnorm", "qk_norm": hf["model_type"] != "llama"}
+    if nanochat:
+        config |= {"norm": "weightless", "embd_norm": True, "softcap": hf.get("final_logit_softcapping", 15) or 0}
+    return config
 
 
 def llama_names(kind, n_layer):
-    """{a weight of ours: the weights of Llama, or its kin, that it is, one above the other}."""
-    norms = ("attention", "feedforward") if kind == "apertus" else ("input", "post_attention")
-    block = {"ln_1": [f"{norms[0]}_layernorm"], "ln_2": [f"{norms[1]}_layernorm"]}
-    block |= {"attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"], "attn.c_proj": ["self_attn.o_proj"]}
-    block |= {"mlp.c_fc": [f"mlp.{x}_proj" for x in (("gate", "up") if kind != "apertus" else ("up",))]}
-    block |= {"mlp.c_proj": ["mlp.down_proj"]}
-    block |= {f"attn.{x}_norm": [f"self_attn.{x}_norm"] for x in "qk" if kind != "llama"}
-    names = {"transformer.wte": ["model.embed_tokens"], "transformer.ln_f": ["model.norm"]}
+    """{a weight of ours: the weights of one of LLAMAS that it is, one above the other}."""
+    block = {"attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"], "attn.c_proj": ["self_attn.o_proj"]}
+    names = {"transformer.wte": ["model.embed_tokens"]}
+    if kind == "nanochat":
+        block |= {"mlp.c_fc": ["mlp.fc1"], "mlp.c_proj": ["mlp.fc2"]}
+    else:
+        block |= {"ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"]}
+        block |= {"mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}
+        block |= {f"attn.{x}_norm": [f"self_attn.{x}_norm"] for x in "qk" if kind == "qwen3"}
+        names |= {"transformer.ln_f": ["model.norm"]}
     for i in range(n_layer):
-        names |= {
-            f"transformer.h.{i}.{ours}": [f"model.layers.{i}.{x}" for x in theirs] for ours, theirs in block.items()
-        }
+        names |= {f"transformer.h.{i}.{k}": [f"model.layers.{i}.{x}" for x in theirs] for k, theirs in block.items()}
     return names
+
+
+def turned(kind, name, weight, n_head):
+    """A query or key weight (n_head * hs, C) of ours as NanoChat's, whose rotary embedding turns back; and vice versa.
+
+    With the second half of each head negated, the angles between queries and keys are the same.
+    """
+    if kind != "nanochat" or not name.endswith(("q_proj", "k_proj")):
+        return weight
+    a, b = weight.unflatten(0, (n_head, 2, -1)).unbind(1)
+    return torch.stack((a, -b), 1).view_as(weight)
+
+
+def llama_tensors(kind, config, state):
+    """The tensors of one of LLAMAS, of the state dict of a GPT."""
+    tensors = {}
+    for ours, theirs in llama_names(kind, config.n_layer).items():
+        parts = state[f"{ours}.weight"].chunk(len(theirs))
+        for name, part in zip(theirs, parts, strict=True):
+            tensors[f"{name}.weight"] = turned(kind, name, part, config.n_head)
+    return tensors
 
 
 def read_hf_tensors(folder):

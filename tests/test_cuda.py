@@ -13,9 +13,10 @@ import subprocess
 import time
 import warnings
 
-from conftest import command, read_jsonl, read_log
+from conftest import MODERN_PARTS, command, read_jsonl, read_log
 import hellaswag
 from model import GPT, GPTConfig
+from optimizers import configure_optimizers
 import parallel
 import sample
 from tokenizer import load_tokenizer
@@ -29,8 +30,7 @@ from torch.nn.attention import SDPBackend
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
 VOCAB = 50257
-MODERN = {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "bias": False}
-PARTS = {"gpt2": {}, "modern": MODERN, "swiglu": MODERN | {"mlp": "swiglu"}}
+PARTS = {"gpt2": {}, "modern": MODERN_PARTS, "swiglu": MODERN_PARTS | {"mlp": "swiglu", "norm": "rmsnorm"}}
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def step(B, T=1024, turns=8):
     torch.cuda.reset_peak_memory_stats()
     model = GPT(GPTConfig(T, VOCAB)).cuda()
     model.compile()
-    optimizers = model.configure_optimizers(0.1, 6e-4)
+    optimizers = configure_optimizers(model, 0.1, 6e-4)
     x, y = tokens(2, B, T).cuda()
     for turn in range(turns):
         if turn == 2:  # the first two compile and allocate

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 
-from conftest import TEXT, command
+from conftest import MODERN_PARTS, TEXT, command
 import documents
 from documents import Documents, More, as_text, whole
 from fineweb import write_shards
@@ -483,12 +483,17 @@ def test_special_tokens_that_come_first(run, tmp_path, specials):
 
 @pytest.mark.parametrize(
     "parts",
-    [{"mlp": "swiglu"}, {"mlp": "swiglu", "qk_norm": True}, {"qk_norm": True}, {"qk_norm": True, "mlp": "relu2"}],
+    [
+        {"norm": "rmsnorm", "mlp": "swiglu"},
+        {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True},
+        MODERN_PARTS,
+        MODERN_PARTS | {"mlp": "gelu", "softcap": 0.0},
+    ],
 )
 def test_what_export_writes_is_read_back(run, tmp_path, parts):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(32, 257, 2, 2, 48, pos="rope", norm="rmsnorm", bias=False, **parts)).eval()
+    model = GPT(GPTConfig(32, 257, 2, 2, 48, **{"pos": "rope", "bias": False} | parts | {"zero_init": False})).eval()
     for p in model.parameters():
         if p.dim() == 1:
             torch.nn.init.normal_(p, 1, 0.1)
@@ -504,7 +509,7 @@ def test_what_export_writes_is_read_back(run, tmp_path, parts):
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for key, value in (
-        ("rms_norm_eps", 1e-6),
+        ("rms_norm_eps", 1e-4),
         ("num_key_value_heads", 1),
         ("tie_word_embeddings", False),
         ("hidden_act", "gelu"),

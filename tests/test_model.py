@@ -7,6 +7,7 @@ import re
 import shutil
 from unittest import mock
 
+from conftest import MODERN_PARTS
 import model as code
 from model import (
     GPT,
@@ -15,6 +16,7 @@ from model import (
     load_model,
     sample_token,
 )
+from optimizers import configure_optimizers
 from parallel import pick_device, pick_dtype
 from sample import stream_text
 from tokenizer import load_tokenizer
@@ -241,7 +243,7 @@ def test_initialisation():
 
 def test_weight_decay_is_on_matrices_only():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100))
-    (adamw,) = model.configure_optimizers(0.1, 1e-3)
+    (adamw,) = configure_optimizers(model, 0.1, 1e-3)
     decayed, other = adamw.param_groups
     assert (decayed["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -252,7 +254,9 @@ def test_weight_decay_is_on_matrices_only():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}], ids=str
+    "settings",
+    [{}, MODERN_PARTS | {"zero_init": False}, {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
@@ -277,7 +281,7 @@ def test_the_loss_in_float16_sums_many_rows():
     targets, gradients = torch.full((4096,), 3), []
     for dtype in (torch.float32, torch.float16):
         w = weight.clone().requires_grad_()
-        loss, _ = code.LinearCrossEntropy.apply(x.to(dtype).requires_grad_(), w, targets, 60, True)
+        loss, _ = code.LinearCrossEntropy.apply(x.to(dtype).requires_grad_(), w, targets, 60, 0, True)
         gradients.append(torch.autograd.grad(loss, w)[0])
     assert gradients[0].abs().max() * 4096 > 65504
     torch.testing.assert_close(*gradients, atol=0.05, rtol=0.01)

@@ -1,0 +1,91 @@
+"""AdamW, and Muon for the matrices of the blocks."""
+
+from parallel import divided_like, is_divided
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of a matrix is made orthogonal: https://kellerjordan.github.io/posts/muon.
+
+    The update is scaled to the size that AdamW's has, so that one learning rate and one weight decay serve both
+    (https://arxiv.org/abs/2502.16982). In difference to torch.optim.Muon a parameter can hold several matrices, one
+    above the other, each of which is made orthogonal by itself (a group's `parts`), and those of one shape are worked
+    on together.
+    """
+
+    def __init__(self, groups, lr, weight_decay, momentum=0.95, parts=1):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": parts})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p.grad is not None]  # the others are other processes' work
+            for shape in dict.fromkeys(p.shape for p in mine):
+                same = [p for p in mine if p.shape == shape]
+                n = max(1, 2**26 // shape.numel())  # so many at a time: 128 MB
+                for start in range(0, len(same), n):
+                    self.update(same[start : start + n], group)
+
+    def update(self, params, group):
+        """One update of parameters of one shape."""
+        updates = []
+        for p in params:
+            mean = self.state[p].get("momentum_buffer")
+            if mean is None:
+                mean = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            mean.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(mean, group["momentum"]).bfloat16()
+            updates.append(update.full_tensor() if is_divided(update) else update)
+        matrices = torch.stack(updates)  # (N, rows, columns)
+        matrices = orthogonal(matrices.unflatten(1, (group["parts"], -1)).flatten(0, 1))
+        size = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's updates have a root mean square of about 0.2
+        for p, update in zip(params, matrices.view(len(params), *updates[0].shape), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(divided_like(p, update), alpha=-group["lr"] * size)
+
+
+def orthogonal(X):
+    """U V^T of each matrix U S V^T of X (N, m, n), bfloat16, roughly: singular values between 0.7 and 1.2.
+
+    By five Newton-Schulz iterations with the coefficients of https://kellerjordan.github.io/posts/muon.
+    """
+    if X.size(1) > X.size(2):
+        return orthogonal(X.mT).mT.contiguous()
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X
+
+
+def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
+    """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of a GPT's blocks.
+
+    Weight decay is on matrices and embeddings only. "muon" makes queries, keys and values (and the two layers in of
+    SwiGLU) orthogonal one by one, and gives the way out of an MLP half the learning rate; "muon1" does neither: it is
+    torch's, which runs of old have.
+    """
+    hidden = (
+        {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2} if optimizer != "adamw" else {}
+    )
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in hidden.values())]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
+    ]
+    eps = 1e-10 if optimizer == "muon" else 1e-8
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
+    if optimizer == "muon1":
+        how = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(hidden.values(), lr, weight_decay, **how))
+    elif hidden:
+        kinds = {"attn.c_attn": {"parts": 3}, "mlp.c_fc": {"parts": 2 if model.config.mlp == "swiglu" else 1}}
+        kinds |= {"attn.c_proj": {}, "mlp.c_proj": {"lr_share": 0.5}}
+        groups = [
+            {"params": [p for name, p in hidden.items() if f"{kind}.weight" in name]} | how
+            for kind, how in kinds.items()
+        ]
+        optimizers.append(Muon(groups, lr, weight_decay))
+    return optimizers
