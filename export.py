@@ -114,14 +114,14 @@ def llama(model, kind):
 def to_architecture(model):
     """gpt2(model) or llama(model), whichever the model is; exits if it is neither."""
     c = model.config
-    fields = ("pos", "norm", "mlp", "qk_norm", "bias", "embd_norm", "softcap")
+    fields = ("pos", "norm", "mlp", "qk_norm", "bias", "embd_norm", "softcap", "tied")
     parts = {key: getattr(c, key) for key in fields}
     if parts == {key: getattr(GPTConfig, key) for key in fields}:
         return gpt2(model)
     same = (c.pos, c.bias) == ("rope", False)
     if same and (c.norm, c.qk_norm, c.embd_norm) == ("weightless", True, True) and c.mlp != "swiglu":
         return llama(model, "nanochat")
-    if same and (c.norm, c.mlp, c.embd_norm, c.softcap) == ("rmsnorm", "swiglu", False, 0):
+    if same and (c.norm, c.mlp, c.embd_norm, c.softcap, c.tied) == ("rmsnorm", "swiglu", False, 0, True):
         return llama(model, "qwen3" if c.qk_norm else "llama")
     parts = ", ".join(f"{key}={value}" for key, value in parts.items())
     sys.exit(f"no architecture of transformers has {parts}; --format=pt and onnx take any")
@@ -134,15 +134,16 @@ def write_folder(model, enc, folder, dtype):
     config, weights = to_architecture(model)
     tokenizer = to_hugging_face(enc)
     ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
-    config |= {"vocab_size": enc.n_vocab, "tie_word_embeddings": True, "dtype": str(dtype)[6:], **ends}
+    config |= {"vocab_size": enc.n_vocab, "tie_word_embeddings": model.config.tied, "dtype": str(dtype)[6:], **ends}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.block_size,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT),
     }
-    weights.pop("lm_head.weight", None)  # tied to the embedding
-    for name in {"transformer.wte.weight", "model.embed_tokens.weight"} & weights.keys():
+    if model.config.tied:
+        weights.pop("lm_head.weight", None)
+    for name in {"transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
         weights[name] = weights[name][: enc.n_vocab]
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     files = {
@@ -180,7 +181,8 @@ def write_onnx(model, path):
 def write_pt(model, enc, path):
     """Write a checkpoint with the weights in bfloat16 and nothing of the run they come from."""
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor, saved once
+    if model.config.tied:
+        state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor, saved once
     checkpoint = {"model": state, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer_state(enc)}
     checkpoint |= {"step": 0, "val_loss": None, "settings": {}}
     write_whole(path, lambda f: torch.save(checkpoint, f))

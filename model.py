@@ -42,6 +42,7 @@ class GPTConfig:
     embd_norm: bool = False  # a norm behind the embeddings
     softcap: float = 0.0  # logits z become softcap tanh(z / softcap); 0: they stay
     zero_init: bool = False  # the layers that lead back into the stream begin at zero
+    tied: bool = True  # the output layer is the embedding
 
 
 class RMSNorm(nn.RMSNorm):
@@ -297,8 +298,12 @@ class GPT(nn.Module):
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = new_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied, https://arxiv.org/abs/1608.05859
+        if config.tied:  # https://arxiv.org/abs/1608.05859
+            self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
+        if not config.tied:
+            nn.init.normal_(self.transformer.wte.weight)
+            nn.init.zeros_(self.lm_head.weight)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -369,15 +374,16 @@ class GPT(nn.Module):
     def num_params(self):
         """Number of parameters, without the rows that only pad the vocabulary."""
         padding = self.transformer.wte.num_embeddings - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * (2 - self.config.tied)
 
     def flops_per_token(self, T):
         """Training FLOPs a token at context T, forward and backward: 6N + 12 n_layer n_embd T.
 
-        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves out the position
-        embeddings, which are looked up, and keeps wte, which is the output layer.
+        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves out embeddings,
+        which are looked up, and keeps the output layer.
         """
         N = self.num_params() - sum(p.numel() for p in self.position_weights())
+        N -= 0 if self.config.tied else self.config.vocab_size * self.config.n_embd
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     @torch.no_grad()
@@ -433,7 +439,8 @@ class GPT(nn.Module):
         except (RuntimeError, TypeError) as e:
             first = str(e).splitlines()[-1].strip()
             sys.exit(f"{source}: its weights are not those of a GPT-2 with {config}: {first}")
-        model.lm_head.weight = model.transformer.wte.weight
+        if config.tied:
+            model.lm_head.weight = model.transformer.wte.weight
         return model
 
     @classmethod

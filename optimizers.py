@@ -63,18 +63,22 @@ def orthogonal(X):
 def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
     """[AdamW], as in the GPT-3 paper; or [AdamW, Muon], where Muon has the matrices of a GPT's blocks.
 
-    Weight decay is on matrices and embeddings only. "muon" makes queries, keys and values (and the two layers in of
-    SwiGLU) orthogonal one by one, and gives the way out of an MLP half the learning rate; "muon1" does neither: it is
-    torch's, which runs of old have.
+    Weight decay is on matrices and embeddings; with "muon" on its matrices alone. "muon" makes queries, keys and values
+    (and the two layers in of SwiGLU) orthogonal one by one, and gives the way out of an MLP half the learning rate;
+    "muon1" does neither: it is torch's, which runs of old have. An embedding that is not the output layer has 50 times
+    the learning rate, as in modded-nanogpt and nanochat (80 to 160 there): a step has gradients of few of its rows.
     """
     hidden = (
         {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2} if optimizer != "adamw" else {}
     )
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in hidden.values())]
+    alone = [] if model.config.tied else [model.transformer.wte.weight]
+    large = [p for p in rest if p.dim() >= 2 and not any(p is x for x in alone)]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": large, "weight_decay": 0.0 if optimizer == "muon" else weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
     ]
+    groups += [{"params": alone, "weight_decay": 0.0, "lr_share": 50}] if alone else []
     eps = 1e-10 if optimizer == "muon" else 1e-8
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if optimizer == "muon1":

@@ -441,5 +441,6 @@ def state_dicts(model, optimizers):
     weights, states = model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]
     if divided_modules(model):
         weights, states = whole(weights), whole(states)
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied, and made whole one by one
+        if model.config.tied:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one tensor, which was made whole twice
     return weights, states

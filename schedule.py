@@ -31,9 +31,9 @@ def get_lr(s, step, last_step, lengthened=None):
     return lr
 
 
-def get_momentum(s, step):
-    """Muon's momentum: from 0.85 to 0.95 over the first 300 steps, or a tenth of a shorter run."""
-    return 0.85 + 0.1 * min(1, step / max(1, min(300, s["max_steps"] // 10)))
+def get_momentum(step):
+    """Muon's momentum: from 0.85 to 0.95 over the first 300 steps, as in modded-nanogpt."""
+    return 0.85 + 0.1 * min(1, step / 300)
 
 
 def stalled(losses, patience):

@@ -64,6 +64,7 @@ bias = True  # in linear layers and LayerNorms
 embd_norm = False  # a norm behind the embeddings
 softcap = 0.0  # logits go no further than this, by tanh; 0: no limit
 zero_init = False  # the layers that lead back into the stream begin at zero
+tied = True  # the output layer is the embedding
 # batch
 B = 64  # micro-batch: sequences a device holds at a time; changes memory and speed, not the result
 T = 1024  # context: tokens a sequence
@@ -113,7 +114,7 @@ activation_checkpointing = False  # keep less for the backward pass and compute 
 # What transformers calls NanoChat, trained by the recipe of modded-nanogpt's records and of nanochat: see README.md.
 MODERN = dict(
     pos="rope", norm="weightless", qk_norm=True, bias=False, mlp="relu2", embd_norm=True, softcap=15.0, zero_init=True,
-    optimizer="muon", schedule="wsd", min_lr=0.0, beta1=0.8,
+    tied=False, optimizer="muon", schedule="wsd", min_lr=0.0, beta1=0.8,
 )  # fmt: skip
 
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
@@ -363,7 +364,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
         for group in opt.param_groups:
             group["lr"] = lr * group.get("lr_share", 1)
             if "parts" in group:
-                group["momentum"] = get_momentum(run.settings, run.step)
+                group["momentum"] = get_momentum(run.step)
         if finite:
             parallel.step_optimizer(opt, scaler)
         opt.zero_grad(set_to_none=True)

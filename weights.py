@@ -93,11 +93,11 @@ def read_hugging_face(source):
     wte = next((name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight"))), None)
     if wte is None:
         sys.exit(f"{source}: holds no GPT-2, there is no wte.weight among its tensors")
-    if not torch.equal(tensors.pop("lm_head.weight", tensors[wte]), tensors[wte]):
+    if config.get("tied", True) and not torch.equal(tensors.pop("lm_head.weight", tensors[wte]), tensors[wte]):
         sys.exit(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
     if kind in LLAMAS:
         try:
-            for ours, theirs in llama_names(kind, config["n_layer"]).items():
+            for ours, theirs in llama_names(kind, config["n_layer"], config["tied"]).items():
                 parts = [turned(kind, x, tensors.pop(f"{x}.weight"), config["n_head"]) for x in theirs]
                 state[f"{ours}.weight"] = torch.cat(parts).float()
         except KeyError as e:
@@ -109,9 +109,9 @@ def read_hugging_face(source):
             tensor = tensor.t().contiguous()  # OpenAI's Conv1D holds (in, out)
         # a GPT2Model is one without the language-model head
         state[name if wte.startswith(("transformer.", "model.")) else f"transformer.{name}"] = tensor.float()
-    rows = state["transformer.wte.weight"]
-    padding = -len(rows) % 64  # model.py's vocabularies are multiples of 64
-    state["transformer.wte.weight"] = state["lm_head.weight"] = F.pad(rows, (0, 0, 0, padding))
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = F.pad(state[name], (0, 0, 0, -len(state[name]) % 64))  # model.py's vocabularies are multiples
     return config, state
 
 
@@ -167,7 +167,8 @@ def llama_config(hf, source):
         theta, kind = rope.get("rope_theta", hf.get("rope_theta", 1e4)), rope.get("rope_type", "default")
         known = {"num_key_value_heads": (n_head,), "head_dim": (n_embd // n_head, None), "intermediate_size": (width,)}
         known |= {"rms_norm_eps": (1e-6 if nanochat else 1e-5,), "rope_theta": (1e4,), "rope_type": ("default",)}
-        known |= {"attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (True,)}
+        known |= {"attention_bias": (False,), "mlp_bias": (False,)}
+        known |= {} if nanochat else {"tie_word_embeddings": (True,)}
         refuse_others(
             hf | {"rope_theta": theta, "rope_type": kind},
             source,
@@ -177,6 +178,7 @@ def llama_config(hf, source):
         config = {"n_layer": hf["num_hidden_layers"], "n_head": n_head, "n_embd": n_embd, "bias": False, "pos": "rope"}
         config |= {"vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"]}
         config |= {"mlp": acts[hf["hidden_act"]], "qk_norm": hf["model_type"] != "llama", "norm": "rmsnorm"}
+        config |= {"tied": not nanochat or hf.get("tie_word_embeddings", False)}
     except (KeyError, TypeError) as e:
         sys.exit(f"{source}: its config.json has no {e}")
     if nanochat:
@@ -184,10 +186,10 @@ def llama_config(hf, source):
     return config
 
 
-def llama_names(kind, n_layer):
+def llama_names(kind, n_layer, tied):
     """{a weight of ours: the weights of one of LLAMAS that it is, one above the other}."""
     block = {"attn.c_attn": [f"self_attn.{x}_proj" for x in "qkv"], "attn.c_proj": ["self_attn.o_proj"]}
-    names = {"transformer.wte": ["model.embed_tokens"]}
+    names = {"transformer.wte": ["model.embed_tokens"]} | ({} if tied else {"lm_head": ["lm_head"]})
     if kind == "nanochat":
         block |= {"mlp.c_fc": ["mlp.fc1"], "mlp.c_proj": ["mlp.fc2"]}
     else:
@@ -214,7 +216,7 @@ def turned(kind, name, weight, n_head):
 def llama_tensors(kind, config, state):
     """The tensors of one of LLAMAS, of the state dict of a GPT."""
     tensors = {}
-    for ours, theirs in llama_names(kind, config.n_layer).items():
+    for ours, theirs in llama_names(kind, config.n_layer, config.tied).items():
         parts = state[f"{ours}.weight"].chunk(len(theirs))
         for name, part in zip(theirs, parts, strict=True):
             tensors[f"{name}.weight"] = turned(kind, name, part, config.n_head)

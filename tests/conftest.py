@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny, and two busy processes on two c
 MODERN_PARTS = {key: value for key, value in MODERN.items() if hasattr(GPTConfig, key)}
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ["--pos=learned", "--norm=layernorm", "--mlp=gelu", "--qk_norm=False", "--bias=True"]
-GPT2 += ["--embd_norm=False", "--softcap=0", "--zero_init=False"]
+GPT2 += ["--embd_norm=False", "--softcap=0", "--zero_init=False", "--tied=True"]
 TEXT = "".join(
     f"Chapter {i}. The {a} {b} went over the {c} hill, and {i * 37 % 101} people saw it go.\n"
     for i, (a, b, c) in enumerate(

@@ -33,9 +33,9 @@ CHOICES = {
     "bias": (False, True),
 }
 COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
-# The norm behind the embeddings and the cap of the logits are neighbours of no other part: each pair of them in turn.
-PAIRS = itertools.cycle(itertools.product((False, True), (0.0, 0.5)))
-COMBINATIONS = [c | dict(zip(("embd_norm", "softcap"), next(PAIRS), strict=True)) for c in COMBINATIONS]
+# The embedding's norm, the cap of the logits and the output layer touch no other part: their combinations in turn.
+ENDS = itertools.cycle(itertools.product((False, True), (0.0, 0.5), (False, True)))
+COMBINATIONS = [c | dict(zip(("embd_norm", "softcap", "tied"), next(ENDS), strict=True)) for c in COMBINATIONS]
 
 
 def random_model(block_size=24, n_layer=2, n_head=2, n_embd=32, vocab_size=257, **settings):
@@ -60,7 +60,7 @@ NANOCHAT = dict(norm="weightless", embd_norm=True, qk_norm=True)
     [
         ("Llama", dict(norm="rmsnorm", mlp="swiglu")),
         ("Qwen3", dict(norm="rmsnorm", mlp="swiglu", qk_norm=True)),
-        ("NanoChat", NANOCHAT | dict(mlp="relu2", softcap=0.5)),
+        ("NanoChat", NANOCHAT | dict(mlp="relu2", softcap=0.5, tied=False)),
         ("NanoChat", NANOCHAT | dict(mlp="gelu")),
     ],
 )
@@ -142,7 +142,8 @@ def by_hand(model, idx):
             else:
                 x = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
             xs[t] = xs[t] + linear(x, name + ".mlp.c_proj")
-    logits = [w["transformer.wte.weight"][: c.vocab_size] @ normed(x, "transformer.ln_f") for x in xs]
+    head = w["transformer.wte.weight" if c.tied else "lm_head.weight"]
+    logits = [head[: c.vocab_size] @ normed(x, "transformer.ln_f") for x in xs]
     return torch.stack([c.softcap * torch.tanh(z / c.softcap) if c.softcap else z for z in logits])
 
 
@@ -163,6 +164,16 @@ def test_every_combination(settings):
         log_probs = model(torch.tensor([context + completion]))[0].log_softmax(-1)
         expected = sum(log_probs[len(context) - 1 + i, token] for i, token in enumerate(completion))
         assert total == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_compiled_is_eager():
+    """In one graph, with the gradients; by the compiler's own front, which needs no C++."""
+    model, x = random_model(**MODERN_PARTS | {"softcap": 0.5}), random_ids(2, 20)
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss = forward(x, x.roll(-1, 1))
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
 def test_bfloat16_weights_make_no_noise(recwarn):
@@ -376,7 +387,8 @@ def test_fsdp_is_ddp_is_one_process(run, spawn, shards, tmp_path):
             assert result.returncode == 0, result.stderr
             assert "UserWarning" not in result.stderr
     for kind in ("train", "val"):
-        assert read_log(tmp_path / "chain", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=3e-4)
+        # Muon makes the small gradients of the first steps, and their rounding, as large as any
+        assert read_log(tmp_path / "chain", kind) == pytest.approx(read_log(tmp_path / "log", kind), abs=2e-3)
     run("train_gpt2.py", "--resume", "--log_dir=chain", "--max_steps=13")
     run("sample.py", "--log_dir=chain", "--max_new_tokens=3")
 
@@ -473,7 +485,7 @@ def test_a_run_of_the_first_edition_goes_on_as_it_was(run, shards, tmp_path, at_
     for name, fields in (("resume.pt", ("settings", "defaults")), ("model_00005.pt", ("config", "settings"))):
         saved = load_checkpoint(str(tmp_path / "old" / name))
         for field in fields:
-            for key in ("embd_norm", "softcap", "zero_init"):
+            for key in ("embd_norm", "softcap", "zero_init", "tied"):
                 del saved[field][key]
             if field != "config":
                 saved[field] |= {"preset": "modern", "optimizer": "muon"}
