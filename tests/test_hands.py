@@ -100,12 +100,16 @@ def settings(**changes):
         (["--max_steps=57219"], "57,219 steps, cosine: warmup 2,145, stable 0, decay 55,074"),
         (
             ["--max_steps=1000", "--preset=modern"],
-            "1,000 steps, wsd: warmup 3, stable 397, decay 600; weight decay 0.763",
+            "1,000 steps, wsd: warmup 3, stable 397, decay 600; weight decay 0.2",
         ),
         (["--preset=modern"], "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444; weight decay 0.04"),
+        (
+            ["--preset=modern", "--max_steps=10000"],
+            "10,000 steps, wsd: warmup 21, stable 3,979, decay 6,000; weight decay 0.0763",
+        ),
         (["--preset=modern", "--optimizer=adamw"], "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444"),
         (["--max_steps=1000", "--warmup_steps=5"], "1,000 steps, cosine: warmup 5, stable 0, decay 995"),
-        (["--max_steps=1", "--preset=modern"], "1 steps, wsd: warmup 1, stable 0, decay 0; weight decay 763"),
+        (["--max_steps=1", "--preset=modern"], "1 steps, wsd: warmup 1, stable 0, decay 0; weight decay 0.2"),
     ],
 )
 def test_what_is_not_given_keeps_its_share_of_the_run(monkeypatch, args, line):
