@@ -65,8 +65,8 @@ def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="
 
     Weight decay is on matrices and embeddings; with "muon" on its matrices alone. "muon" makes queries, keys and values
     (and the two layers in of SwiGLU) orthogonal one by one, and gives the way out of an MLP half the learning rate;
-    "muon1" does neither: it is torch's, which runs of old have. An embedding that is not the output layer has 50 times
-    the learning rate, as in modded-nanogpt and nanochat (80 to 160 there): a step has gradients of few of its rows.
+    "muon1" does neither: it is torch's, which runs of old have. An embedding that is not the output layer has 80 times
+    the learning rate, as in modded-nanogpt and nanochat: a step has gradients of few of its rows.
     """
     hidden = (
         {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2} if optimizer != "adamw" else {}
@@ -78,7 +78,7 @@ def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="
         {"params": large, "weight_decay": 0.0 if optimizer == "muon" else weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
     ]
-    groups += [{"params": alone, "weight_decay": 0.0, "lr_share": 50}] if alone else []
+    groups += [{"params": alone, "weight_decay": 0.0, "lr_share": 80}] if alone else []
     eps = 1e-10 if optimizer == "muon" else 1e-8
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if optimizer == "muon1":
