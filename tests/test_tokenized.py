@@ -169,10 +169,10 @@ def test_no_network(run, tmp_path, gpt2, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-def test_killed_while_fetching(hub, tmp_path):
+def test_killed_while_fetching(hub, tmp_path, pytestconfig):
     """At random moments, and with the same end."""
     hub.pause, rng = 0.02, random.Random(0)
-    for _ in range(4):
+    for _ in range(3 + pytestconfig.getoption("--kills")):
         process = fetch(hub, tmp_path)
         time.sleep(rng.uniform(1.5, 3.5))
         process.send_signal(signal.SIGKILL)
