@@ -111,7 +111,7 @@ compile = "auto"  # torch.compile: true, false, or auto, which is true on CUDA
 fsdp = False  # divide weights, gradients and optimizer among the processes: for models too large for a card
 activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, slower
 
-# What transformers calls NanoChat, trained by the recipe of modded-nanogpt's records and of nanochat: see README.md.
+# NanoChat, as transformers has it, by the recipe of modded-nanogpt and nanochat: README.md has the sources.
 MODERN = dict(
     pos="rope", norm="weightless", qk_norm=True, bias=False, mlp="relu2", embd_norm=True, softcap=15.0, zero_init=True,
     tied=False, optimizer="muon", schedule="wsd", min_lr=0.0, beta1=0.8,
@@ -120,10 +120,9 @@ MODERN = dict(
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
     "tiny": MODERN | dict(
-        n_layer=3, n_head=4, n_embd=128, B=16, T=128, total_batch_size=2048,
-        max_steps=1100, warmup_steps=20, cooldown_steps=110, max_lr=5e-3, schedule="cosine", beta2=0.99,
-        eval_every=275, hellaswag_every=0, ewok_every=0, save_every=275,
-        sample_every=275, sample_prompt="\n", sample_tokens=160, print_every=25,
+        n_layer=3, n_head=4, n_embd=128, softcap=0.0, zero_init=False, B=16, T=128, total_batch_size=2048,
+        max_steps=1100, warmup_steps=20, cooldown_steps=770, max_lr=7e-3, beta2=0.99, hellaswag_every=0, ewok_every=0,
+        eval_every=275, save_every=275, sample_every=275, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),
     "modern": MODERN | dict(max_lr=3.6e-3, warmup_steps=40, cooldown_steps=11_444, weight_decay=0.04),
     "gpt2": {},
@@ -450,8 +449,7 @@ def main(given):
         logdir.restore(log_dir, optimizers, scaler, saved)
     train_model = model
     if world_size > 1 and not fsdp:
-        where_to = [where] if where.startswith("cuda") else None
-        train_model = DDP(model, device_ids=where_to, gradient_as_bucket_view=True)
+        train_model = DDP(model, device_ids=[where] if where.startswith("cuda") else None, gradient_as_bucket_view=True)
     if "B" not in given and where != "cpu" and not fsdp:  # whose processes meet in each block: all get there, or none
         fit_memory(model, train_model, 0 if saved else 2, world_size, where)
     run.settings = current_settings(globals())  # with the weights' own architecture, and B as it fits
