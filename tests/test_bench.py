@@ -62,7 +62,7 @@ def test_weights_in_float16_are_near_those_in_float32():
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("torch was built without FBGEMM")
     torch.manual_seed(0)
-    for settings in ({}, MODERN_PARTS | {"zero_init": False}, MODERN_PARTS | {"zero_init": False, "mlp": "swiglu"}):
+    for settings in ({}, MODERN_PARTS | {"tied": True}, MODERN_PARTS | {"tied": True, "mlp": "swiglu"}):
         plain = bench.GPT(bench.GPTConfig(64, 257, 2, 2, 64, **settings)).eval()
         half, brain = (sample.ready(copy.deepcopy(plain), dtype, "cpu") for dtype in ("auto", "bfloat16"))
         assert sum(isinstance(m, sample.HalfLinear) for m in half.modules()) == 9

@@ -375,7 +375,7 @@ def test_fsdp_in_bfloat16_with_layernorm(run, spawn, shards, tmp_path):
 
 def test_fsdp_is_ddp_is_one_process(run, spawn, shards, tmp_path):
     """A run passes from one process to FSDP on two and four, to DDP and back, with the losses of one."""
-    args = [*SMALL, *MODERN, "--max_steps=12", "--min_lr=1e-2", "--sample_every=4"]
+    args = [*SMALL, *MODERN, "--max_steps=12", "--min_lr=1e-2", "--cooldown_steps=0", "--sample_every=4"]
     args += ["--activation_checkpointing=True"]
     run("train_gpt2.py", *args)
     for stop, nproc, fsdp in ((3, 1, True), (6, 2, True), (9, 4, True), (12, 2, False)):

@@ -31,7 +31,7 @@ import torch
 SMALL = [
     "--preset=tiny", "--data_dir=shards", "--n_layer=2", "--n_head=2", "--n_embd=32", "--T=32", "--B=4",
     "--total_batch_size=512", "--max_steps=8", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
-    "--beta2=0.95", "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
+    "--beta1=0.9", "--beta2=0.95", "--dtype=float32", "--eval_every=3", "--sample_every=0", "--save_every=3",
     *GPT2, "--optimizer=adamw", "--schedule=cosine",
 ]  # fmt: skip
 
