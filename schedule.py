@@ -50,7 +50,7 @@ def keep_shares(s, max_steps):
 
     And with Muon the weight decay by which a weight forgets its past in as large a share of the run, 1 / (max_lr
     weight_decay) steps, as nanochat has it (https://arxiv.org/abs/2405.13698); but no more than 0.2, beyond which it
-    made short runs worse (12M parameters, 1M tokens).
+    made short runs worse (4M parameters, 1M tokens).
     """
     warmup, cooldown = s["warmup_steps"] * max_steps, s["cooldown_steps"] * max_steps
     shares = {"warmup_steps": -(-warmup // s["max_steps"]), "cooldown_steps": cooldown // s["max_steps"]}
