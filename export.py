@@ -20,7 +20,7 @@ from configurator import configure
 from model import GPTConfig, load_model
 from shards import write_whole
 from tokenizer import EOT, byte_characters, tokenizer_state
-from weights import LLAMAS, llama_tensors
+from weights import LLAMAS, llama_names, turned
 
 import torch
 
@@ -108,7 +108,11 @@ def llama(model, kind):
     config |= {"attention_bias": False, "mlp_bias": False}
     if kind == "nanochat":
         config["final_logit_softcapping"] = c.softcap or None
-    return config, llama_tensors(kind, c, model.state_dict())
+    weights, tensors = model.state_dict(), {}
+    for ours, theirs in llama_names(kind, c.n_layer, c.tied).items():
+        parts = weights[f"{ours}.weight"].chunk(len(theirs))
+        tensors |= {f"{x}.weight": turned(kind, x, part, c.n_head) for x, part in zip(theirs, parts, strict=True)}
+    return config, tensors
 
 
 def to_architecture(model):

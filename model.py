@@ -1,4 +1,4 @@
-"""GPT-2: the model, its loss, its optimizers, how it generates, and how its weights are loaded.
+"""GPT-2: the model, its loss, how it generates, and how its weights are loaded.
 
 Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2 and GPT-3
 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings. State-dict names are those of
@@ -227,11 +227,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), size):
             part = slice(i, i + size)
-            p = x[part] @ w.t()  # logits, then probabilities, then gradients, so that none outlives its use
-            slope = 1
-            if softcap:
-                p = capped(p, softcap)
-                slope = 1 - (p / softcap) ** 2 if with_gradients else 1
+            p = capped(x[part] @ w.t(), softcap)  # logits, then probabilities, then gradients: none outlives its use
+            slope = 1 - (p / softcap) ** 2 if softcap and with_gradients else None  # of the cap
             p[:, vocab_size:] = -math.inf  # the rows that pad the vocabulary
             p = p.log_softmax(dim=-1, dtype=torch.float32)
             target = targets[part, None].clamp(min=0)
@@ -244,7 +241,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     p = p.exp() - (torch.arange(len(weight), device=x.device) == target).float()
                 else:
                     p = p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))
-                p = (p * slope if softcap else p).to(x.dtype)
+                p = (p if slope is None else p * slope).to(x.dtype)
                 # Apple's M1 and M2 go wrong beyond 32,767 addends, https://github.com/pytorch/pytorch/issues/193487
                 width = 32_000 if x.device.type == "mps" else len(w)
                 products = [a @ b for a, b in zip(p.split(width, 1), w.split(width), strict=True)]

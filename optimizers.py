@@ -65,31 +65,28 @@ def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="
 
     Weight decay is on matrices and embeddings; with "muon" on its matrices alone. "muon" makes queries, keys and values
     (and the two layers in of SwiGLU) orthogonal one by one, and gives the way out of an MLP half the learning rate;
-    "muon1" does neither: it is torch's, which runs of old have. An embedding that is not the output layer has 80 times
-    the learning rate, as in modded-nanogpt and nanochat: a step has gradients of few of its rows.
+    "muon1" does neither: it is torch's, which runs of old have. An embedding that is not the output layer has no weight
+    decay and 80 times the learning rate, as in modded-nanogpt and nanochat: a step has gradients of few of its rows. A
+    group's `lr_share` is what the trainer multiplies the learning rate of a step by.
     """
-    hidden = (
-        {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2} if optimizer != "adamw" else {}
-    )
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in hidden.values())]
+    named = dict(model.transformer.h.named_parameters()) if optimizer != "adamw" else {}
+    hidden = {name: p for name, p in named.items() if p.dim() == 2}
     alone = [] if model.config.tied else [model.transformer.wte.weight]
-    large = [p for p in rest if p.dim() >= 2 and not any(p is x for x in alone)]
+    elsewhere = {id(p) for p in (*hidden.values(), *alone)}
+    rest = [p for p in model.parameters() if id(p) not in elsewhere]
     groups = [
-        {"params": large, "weight_decay": 0.0 if optimizer == "muon" else weight_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.0 if optimizer == "muon" else weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # biases and norms
     ]
     groups += [{"params": alone, "weight_decay": 0.0, "lr_share": 80}] if alone else []
     eps = 1e-10 if optimizer == "muon" else 1e-8
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if optimizer == "adamw":
+        return [adamw]
     if optimizer == "muon1":
         how = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(hidden.values(), lr, weight_decay, **how))
-    elif hidden:
-        kinds = {"attn.c_attn": {"parts": 3}, "mlp.c_fc": {"parts": 2 if model.config.mlp == "swiglu" else 1}}
-        kinds |= {"attn.c_proj": {}, "mlp.c_proj": {"lr_share": 0.5}}
-        groups = [
-            {"params": [p for name, p in hidden.items() if f"{kind}.weight" in name]} | how
-            for kind, how in kinds.items()
-        ]
-        optimizers.append(Muon(groups, lr, weight_decay))
-    return optimizers
+        return [adamw, torch.optim.Muon(hidden.values(), lr, weight_decay, **how)]
+    kinds = {"attn.c_attn": {"parts": 3}, "mlp.c_fc": {"parts": 2 if model.config.mlp == "swiglu" else 1}}
+    kinds |= {"attn.c_proj": {}, "mlp.c_proj": {"lr_share": 0.5}}
+    groups = [{"params": [p for name, p in hidden.items() if kind in name]} | how for kind, how in kinds.items()]
+    return [adamw, Muon(groups, lr, weight_decay)]

@@ -1,4 +1,4 @@
-"""The learning rate of each step of a run: linear warmup, then a schedule.
+"""The learning rate of each step of a run, linear warmup, then a schedule; and what else its length decides.
 
 cosine    down to min_lr along half a cosine, as in the GPT-3 paper
 wsd       warmup, stable, decay: max_lr, then linearly down to min_lr in cooldown_steps (https://arxiv.org/abs/2404.06395)

@@ -111,7 +111,7 @@ def read_hugging_face(source):
         state[name if wte.startswith(("transformer.", "model.")) else f"transformer.{name}"] = tensor.float()
     state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        state[name] = F.pad(state[name], (0, 0, 0, -len(state[name]) % 64))  # model.py's vocabularies are multiples
+        state[name] = F.pad(state[name], (0, 0, 0, -len(state[name]) % 64))  # as model.py has it
     return config, state
 
 
@@ -169,12 +169,8 @@ def llama_config(hf, source):
         known |= {"rms_norm_eps": (1e-6 if nanochat else 1e-5,), "rope_theta": (1e4,), "rope_type": ("default",)}
         known |= {"attention_bias": (False,), "mlp_bias": (False,)}
         known |= {} if nanochat else {"tie_word_embeddings": (True,)}
-        refuse_others(
-            hf | {"rope_theta": theta, "rope_type": kind},
-            source,
-            known | {"hidden_act": tuple(acts)},
-            "what export.py writes",
-        )
+        known |= {"hidden_act": tuple(acts)}
+        refuse_others(hf | {"rope_theta": theta, "rope_type": kind}, source, known, "what export.py writes")
         config = {"n_layer": hf["num_hidden_layers"], "n_head": n_head, "n_embd": n_embd, "bias": False, "pos": "rope"}
         config |= {"vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"]}
         config |= {"mlp": acts[hf["hidden_act"]], "qk_norm": hf["model_type"] != "llama", "norm": "rmsnorm"}
@@ -211,16 +207,6 @@ def turned(kind, name, weight, n_head):
         return weight
     a, b = weight.unflatten(0, (n_head, 2, -1)).unbind(1)
     return torch.stack((a, -b), 1).view_as(weight)
-
-
-def llama_tensors(kind, config, state):
-    """The tensors of one of LLAMAS, of the state dict of a GPT."""
-    tensors = {}
-    for ours, theirs in llama_names(kind, config.n_layer, config.tied).items():
-        parts = state[f"{ours}.weight"].chunk(len(theirs))
-        for name, part in zip(theirs, parts, strict=True):
-            tensors[f"{name}.weight"] = turned(kind, name, part, config.n_head)
-    return tensors
 
 
 def read_hf_tensors(folder):
