@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import sys
 import sysconfig
@@ -27,16 +28,17 @@ import tempfile
 import time
 import types
 
-from configurator import configure, current_settings
+from configurator import configure, cores, current_settings
 from documents import Documents, read_text
 import export
 import fineweb
 import hellaswag
 from model import GPT, GPTConfig
 from optimizers import configure_optimizers
-from parallel import cores, keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
+from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 import sample
 from scoring import score_completions
+from tokenized import MAGIC, Tokens
 from tokenizer import load_tokenizer
 
 import numpy as np
@@ -44,7 +46,7 @@ import torch
 from torch.nn import functional as F
 
 # -- settings: override any with --key=value --------------------------------------
-what = "train,sample,score,tokenize"  # which parts
+what = "train,sample,score,tokenize,convert"  # which parts
 against = ""  # only contenders with one of these words in their names, such as transformers,limit; empty: all
 rounds = 5  # turns that each contender takes
 nanogpt = ""  # a clone of github.com/karpathy/nanoGPT, to run its model as well
@@ -64,6 +66,7 @@ compile = "auto"  # torch.compile of our training step: true, false, or auto, wh
 scratch = ""  # a folder to work in; empty: a temporary one
 
 VOCAB = 50257
+BIN_TOKENS = 100_000_000  # of a .bin shard, as those of the hub have
 
 
 def new_model():
@@ -247,12 +250,49 @@ def tokenize_pool():
     return write_texts(write)
 
 
+def made_up_bins():
+    """(a folder of four of llm.c's .bin shards, MB of their tokens)."""
+    folder = os.path.join(scratch, "bins")
+    os.makedirs(folder, exist_ok=True)
+    tokens = np.random.default_rng(0).integers(VOCAB, size=BIN_TOKENS, dtype=np.uint16)
+    for i in range(4):
+        with open(os.path.join(folder, f"{'train' if i else 'val'}_{i:06d}.bin"), "wb") as f:
+            np.array([MAGIC, 1, len(tokens)] + [0] * 253, "<i4").tofile(f)
+            tokens.tofile(f)
+    return folder, 4 * tokens.nbytes / 1e6
+
+
+def convert_ours():
+    folder, size = made_up_bins()
+    enc = load_tokenizer("gpt2")
+
+    def repeat():
+        with tempfile.TemporaryDirectory(dir=scratch) as out:
+            fineweb.write_shards(Tokens(folder, out), enc, out, "bench")
+
+    return repeat, size
+
+
+def copy():
+    """The same bytes, copied and on the disk."""
+    folder, size = made_up_bins()
+
+    def repeat():
+        with tempfile.TemporaryDirectory(dir=scratch) as out:
+            for name in os.listdir(folder):
+                path = shutil.copy(os.path.join(folder, name), out)
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+
+    return repeat, size
+
+
 # -- what the machine can do, in the units of the contenders ------------------------------------------------
 def matmul():
     """Training tokens whose FLOPs a large matrix product does in the same time."""
-    n = 8192 if device.startswith("cuda") else 2048
+    n, times = (8192, 20) if device.startswith("cuda") else (2048, 4)
     a, b = torch.randn(2, n, n, device=device).to(pick_dtype(dtype, device))
-    return lambda: [a @ b for _ in range(20)], 20 * 2 * n**3 / new_model().flops_per_token(T)
+    return lambda: [a @ b for _ in range(times)], times * 2 * n**3 / new_model().flops_per_token(T)
 
 
 # -- other people's code ------------------------------------------------------------------------------------
@@ -299,6 +339,7 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": score_ours, "item by item (as build-nanogpt)": score_item_by_item, "lm_eval": score_lm_eval,
     }),
     "tokenize": ("tokens", {"ours": tokenize_ours, "pool.imap (build-nanogpt)": tokenize_pool}),
+    "convert": ("MB", {"ours": convert_ours, "limit: copy": copy}),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ nanoGPT's configurator.py, which exec()s them.
 """
 
 import ast
+import contextlib
 import difflib
 import os
 import sys
@@ -165,6 +166,20 @@ def complete(key, value):
     if value != value.encode(errors="replace").decode():
         sys.exit(f"--{key}: is not UTF-8")
     return value.replace("\\n", "\n")
+
+
+def from_environment(name, default):
+    """The whole number in a variable that torchrun, or another launcher, sets."""
+    return int(os.environ.get(name) or default)
+
+
+def cores():
+    """How many cores this process may use: of this machine, of taskset's, of a container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as f:
+        quota, period = map(int, f.read().split())  # "max 100000" where there is none
+        count = min(count, max(1, round(quota / period)))
+    return count
 
 
 class Output:

@@ -24,9 +24,8 @@ import sys
 import sysconfig
 import threading
 
-from configurator import check_numbers, configure
+from configurator import check_numbers, configure, cores, from_environment
 from documents import TINYSHAKESPEARE, Documents, More, read_text
-from parallel import cores, from_environment
 from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
 from tokenized import Tokens, is_tokenized
 from tokenizer import EOT, copy_encoding, encode, load_tokenizer

@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 
+from configurator import cores, from_environment
+
 import torch
 import torch.distributed as dist
 
@@ -129,20 +131,6 @@ def peak_flops(device, dtype):
 def is_rank_0():
     """Whether this is the process that prints and writes."""
     return from_environment("RANK", 0) == 0
-
-
-def from_environment(name, default):
-    """The whole number in a variable that torchrun, or another launcher, sets."""
-    return int(os.environ.get(name) or default)
-
-
-def cores():
-    """How many cores this process may use: of this machine, of taskset's, of a container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as f:
-        quota, period = map(int, f.read().split())  # "max 100000" where there is none
-        count = min(count, max(1, round(quota / period)))
-    return count
 
 
 def print0(*args):

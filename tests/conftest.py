@@ -1,12 +1,17 @@
 """Shared by the tests: scripts run in this process or in one of their own, and the GPT-2 vocabulary."""
 
+import atexit
 import json
+import multiprocessing.forkserver
 import os
 from pathlib import Path
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 
 from model import GPTConfig
 from train_gpt2 import MODERN
@@ -14,7 +19,9 @@ from train_gpt2 import MODERN
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny, and two busy processes on two cores slow each other down
+# The models are tiny, and two busy processes on two cores slow each other down, in what they start too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # What --preset=modern makes of a GPTConfig.
 MODERN_PARTS = {key: value for key, value in MODERN.items() if hasattr(GPTConfig, key)}
@@ -30,6 +37,8 @@ TEXT = "".join(
         for c in ("green", "far", "low", "burning", "first", "northern")
     )
 )  # some 12 kB
+
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def pytest_addoption(parser):
@@ -86,17 +95,68 @@ def without_a_picture(script, args):
     return args if asked else ["--plot_every=0", *args]
 
 
-@pytest.fixture
-def spawn(tmp_path):
-    """spawn("train_gpt2.py", ..., nproc=2): run a script in processes of its own, in tmp_path.
+@pytest.fixture(scope="session")
+def forks():
+    """Has the process from which others are forked import this file."""
+    FORKS.set_forkserver_preload(["conftest"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # multiprocessing does not tell it ours
+        multiprocessing.forkserver.ensure_running()
 
-    Returns subprocess.CompletedProcess, its stdout and stderr as text.
+
+@pytest.fixture
+def spawn(tmp_path, forks):
+    """spawn("train_gpt2.py", ..., nproc=2): run a script in processes of its own, in tmp_path, as torchrun would.
+
+    Returns subprocess.CompletedProcess, its stdout and stderr as text. The processes are forks of one that has only
+    imported torch and the project, which takes them two seconds each otherwise.
     """
 
     def call(script, *args, nproc=1, cwd=tmp_path):
-        return subprocess.run(command(script, *args, nproc=nproc), cwd=cwd, capture_output=True, text=True, timeout=180)
+        where = {}
+        if nproc > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+            where |= {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+        ranks = [{"RANK": i, "LOCAL_RANK": i} if nproc > 1 else {} for i in range(nproc)]
+        args = without_a_picture(script, args)
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            processes = [
+                FORKS.Process(target=play, args=(script, args, cwd, dict(os.environ), where | rank, out, err))
+                for rank in ranks
+            ]
+            for process in processes:
+                process.start()
+            end = time.monotonic() + 180
+            while any(process.is_alive() for process in processes) and time.monotonic() < end:
+                if any(process.exitcode for process in processes):
+                    for process in processes:
+                        process.terminate()
+                    end = min(end, time.monotonic() + 5)
+                time.sleep(0.02)
+            for process in processes:
+                process.kill()
+                process.join()
+            code = next((process.exitcode for process in processes if process.exitcode), 0)
+            return subprocess.CompletedProcess([script, *args], code, out.read_text(), err.read_text())
 
     return call
+
+
+def play(script, args, cwd, environ, where, out, err):
+    """What python script args does, in a process that is a fork."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ | {key: str(value) for key, value in where.items()})
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = [script, *args]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """bench.py: the table, and that its contenders do the same work."""
 
 import copy
+import os
 import re
 
 import bench
@@ -70,3 +71,13 @@ def test_weights_in_float16_are_near_those_in_float32():
         near, far = ((plain(idx) - other(idx)).abs().max() for other in (half, brain))
         assert 0 < near < far / 4
         assert len(list(half.generate(idx, 40, 2, temperature=0))) == 40  # past the context
+
+
+def test_what_converts_and_what_copies(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "scratch", str(tmp_path))
+    monkeypatch.setattr(bench, "BIN_TOKENS", 50_000)
+    for contender in bench.PARTS["convert"][1].values():
+        repeat, megabytes = contender()
+        repeat()
+        assert megabytes == pytest.approx(0.4)
+    assert os.listdir(tmp_path) == ["bins"]

@@ -4,9 +4,10 @@ import json
 import os
 import random
 import re
+import subprocess
 import zipfile
 
-from conftest import read_jsonl, read_log
+from conftest import command, read_jsonl, read_log
 import ewok
 import hellaswag
 from model import GPT, GPTConfig, load_model
@@ -588,14 +589,15 @@ def test_processes_share_the_evals_inside_the_run(run, spawn, shards, tmp_path):
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_graphs_in_the_life_of_a_run(spawn, shards, tmp_path, monkeypatch, fsdp):
+def test_two_graphs_in_the_life_of_a_run(shards, tmp_path, monkeypatch, fsdp):
     """Compiled, with several processes: training's and validation's; evals and samples add none and break none."""
     monkeypatch.setenv("TORCH_LOGS", "recompiles,graph_breaks")
     (tmp_path / "hellaswag").mkdir()
     write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", hellaswag_items(12))
     write_zip(tmp_path / "ewok_fast_jsonl.zip", members()[1])
     args = [*TRAIN, "--hellaswag_every=2", "--eval_every=2", "--sample_every=2", "--sample_tokens=9", "--ewok_every=2"]
-    result = spawn("train_gpt2.py", *args, "--compile=True", f"--fsdp={fsdp}", nproc=2)
+    line = command("train_gpt2.py", *args, "--compile=True", f"--fsdp={fsdp}", nproc=2)  # torch reads the variable
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     assert "Graph break" not in result.stderr and result.stderr.count("Recompiling") <= 2  # of each process, once
     assert len(read_log(tmp_path / "log", "hella")) == len(read_log(tmp_path / "log", "ewok")) == 3

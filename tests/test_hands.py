@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
+import configurator
 from conftest import TEXT, command, read_jsonl, read_log
 from model import GPT, GPTConfig, load_model
-import parallel
 from schedule import describe_schedule, get_lr
 from test_train import SMALL, assert_same_run
 from weights import load_checkpoint
@@ -349,23 +349,20 @@ def test_init_from_keeps_its_own_architecture(run, shards, tmp_path):
 
 
 # -- machines -----------------------------------------------------------------------
-def test_home_is_where_the_tilde_is(run, shards, tmp_path, monkeypatch):
+def test_home_is_where_the_tilde_is(spawn, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "mine.py").write_text('\ufeffdata_dir = "~/shards"\n', encoding="utf-8")
     args = [arg for arg in SMALL if not arg.startswith("--data_dir")]
     for script, *more in (
         ["train_gpt2.py", *args, "mine.py", "--log_dir=~/log"],
         ["sample.py", "--log_dir=~/log", "--out=~/x.txt"],
     ):
-        out = subprocess.run(command(script, *more), capture_output=True, text=True, timeout=60)
+        out = spawn(script, *more, cwd=tmp_path / "elsewhere")
         assert out.returncode == 0, out.stderr
     assert (tmp_path / "log" / "model_00008.pt").exists() and (tmp_path / "x.txt").exists()
     (tmp_path / "p.txt").write_text("Once")
-    out = subprocess.run(
-        command("sample.py", "--log_dir=~/log", "--prompt=FILE:~/p.txt"), capture_output=True, text=True
-    )
+    out = spawn("sample.py", "--log_dir=~/log", "--prompt=FILE:~/p.txt", cwd=tmp_path / "elsewhere")
     assert out.stdout.startswith("Once")
     assert os.listdir(tmp_path / "elsewhere") == ["mine.py"]
 
@@ -406,7 +403,7 @@ def test_cores_are_those_that_may_be_used(monkeypatch):
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert parallel.cores() == 1
+        assert configurator.cores() == 1
     finally:
         os.sched_setaffinity(0, before)
 

@@ -51,11 +51,6 @@ def start(folder, *args, **kwargs):
         return subprocess.Popen(command(*args, **kwargs), cwd=folder, stdout=out, stderr=out)
 
 
-def finish(folder, *args, **kwargs):
-    process = start(folder, *args, **kwargs)
-    assert process.wait(timeout=120) == 0, (folder / "out.txt").read_text()[-2000:]
-
-
 def logged(log_dir):
     """How many steps a log.txt has."""
     try:
@@ -72,11 +67,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("nproc", "dtype", "data_dir"), runs[:2] if few else runs)
 
 
-def test_trainer(request, shards, tmp_path, nproc, dtype, data_dir):
+def test_trainer(request, spawn, shards, tmp_path, nproc, dtype, data_dir):
     kills = request.config.getoption("kills")
     shutil.copytree(shards, tmp_path / "more")
     args = ["train_gpt2.py", *RUN, f"--data_dir={data_dir}", f"--dtype={dtype}", f"--max_steps={120 * kills}"]
-    finish(tmp_path, *args, "--log_dir=untouched", nproc=nproc)
+    untouched = spawn(*args, "--log_dir=untouched", nproc=nproc)
+    assert untouched.returncode == 0, untouched.stderr
     rng = random.Random(f"{nproc} {dtype}")
     killed = resumed = lost = 0
     for i in range(kills):
@@ -92,7 +88,8 @@ def test_trainer(request, shards, tmp_path, nproc, dtype, data_dir):
             saved = load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"]
             assert (tmp_path / "log" / f"model_{saved:05d}.pt").exists()
             lost = max(lost, logged(tmp_path / "log") - saved)
-    finish(tmp_path, *args, nproc=nproc)
+    last = spawn(*args, nproc=nproc)
+    assert last.returncode == 0, last.stderr
     print(f"\n{nproc} x {dtype}, {data_dir}: {killed} kills, {resumed} resumed, at most {lost} steps lost")
     assert killed and resumed and lost <= 7
     assert_same_run(tmp_path / "untouched", tmp_path / "log", 120 * kills)
@@ -101,7 +98,7 @@ def test_trainer(request, shards, tmp_path, nproc, dtype, data_dir):
 
 
 @pytest.mark.parametrize("options", [[], ["--shuffle_buffer=50", "--streaming=False"]])
-def test_fineweb(request, tmp_path, options):
+def test_fineweb(request, spawn, tmp_path, options):
     kills = request.config.getoption("kills")
     (tmp_path / "texts").mkdir()
     for i in range(4):
@@ -109,7 +106,7 @@ def test_fineweb(request, tmp_path, options):
         (tmp_path / "texts" / f"{i}.jsonl").write_text("\n".join(lines))
     (tmp_path / "texts" / "end.txt").write_text("<|endoftext|>".join(TEXT[k:] for k in range(50)))
     args = ["fineweb.py", "--dataset=texts", "--tokenizer=bytes", "--shard_size=2e4", *options]
-    finish(tmp_path, *args, "--out_dir=untouched")
+    assert spawn(*args, "--out_dir=untouched").returncode == 0
     rng = random.Random(str(options))
     killed, shards = 0, []
     for _ in range(kills):
@@ -120,7 +117,7 @@ def test_fineweb(request, tmp_path, options):
         killed += process.poll() is None
         kill_all(process)
         shards.append(len(list(tmp_path.glob("out/*.npy"))))
-    finish(tmp_path, *args, "--out_dir=out")
+    assert spawn(*args, "--out_dir=out").returncode == 0
     print(f"\nfineweb.py {options}: {killed} kills, with {shards} shards written")
     assert killed
     whole, found = (
@@ -129,10 +126,10 @@ def test_fineweb(request, tmp_path, options):
     assert len(found) > 100 and found == whole
 
 
-def test_a_killed_rank_is_restarted(shards, tmp_path):
+def test_a_killed_rank_is_restarted(spawn, shards, tmp_path):
     """torchrun --max-restarts: one of two ranks is killed, twice; the run ends as if it never was."""
     args = [*RUN, "--dtype=float32", "--max_steps=150"]
-    finish(tmp_path, "train_gpt2.py", *args, "--log_dir=untouched", nproc=2)
+    assert spawn("train_gpt2.py", *args, "--log_dir=untouched", nproc=2).returncode == 0
     process = start(tmp_path, "train_gpt2.py", *args, nproc=2, options=["--max-restarts=3"])
     for rank in (1, 0):
         before = logged(tmp_path / "log")

@@ -185,7 +185,7 @@ def test_killed_while_fetching(hub, tmp_path, pytestconfig):
     assert ".fetching" not in os.listdir(tmp_path / "out")
 
 
-def test_training_starts_with_the_first_two(hub, tmp_path):
+def test_training_starts_with_the_first_two(hub, spawn, tmp_path):
     """And waits for the rest: the log is that of a run that had all from the start."""
     small = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--T=64", "--B=8", "--total_batch_size=2048", "--max_steps=11"]
     small += [
@@ -202,11 +202,10 @@ def test_training_starts_with_the_first_two(hub, tmp_path):
     while not list((tmp_path / "out").glob("*train_000001.npy")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
-    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
-    run = subprocess.run(command("train_gpt2.py", *small, "--log_dir=early"), **how)
+    run = spawn("train_gpt2.py", *small, "--log_dir=early")
     assert run.returncode == 0, run.stderr
     process.communicate(timeout=60)
-    assert subprocess.run(command("train_gpt2.py", *small, "--log_dir=late"), **how).returncode == 0
+    assert spawn("train_gpt2.py", *small, "--log_dir=late").returncode == 0
     assert (tmp_path / "early" / "log.txt").read_text() == (tmp_path / "late" / "log.txt").read_text()
     assert list(read_log(tmp_path / "late", "train")) == list(range(11))
 
