@@ -120,8 +120,9 @@ def resumed_settings(saved, given, file_settings, fixed):
         if key not in given and value not in (saved["defaults"].get(key, value), was.get(key, value))
     ]
     if edited:
-        says = ", ".join(f"{key}={now[key]} (the run: {was[key]})" for key in edited)
-        sys.exit(f"train_gpt2.py has other defaults now: {says}; choose with {' '.join(f'--{key}=' for key in edited)}")
+        says = ", ".join(f"{key}={now[key]}" for key in edited)
+        keep = " ".join(f"--{key}={shlex.quote(str(was[key]))}" for key in edited)
+        sys.exit(f"train_gpt2.py has other defaults now: {says}; choose them, or what the run has: {keep}")
     return kept(now | was)
 
 

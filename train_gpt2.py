@@ -120,11 +120,11 @@ MODERN = dict(
 # Sizes from the GPT-2 paper; learning rates from the GPT-3 paper (table 2.1) for the nearest size.
 PRESETS = {
     "tiny": MODERN | dict(
-        n_layer=3, n_head=4, n_embd=128, softcap=0.0, zero_init=False, B=16, T=128, total_batch_size=2048,
-        max_steps=1250, warmup_steps=20, cooldown_steps=875, max_lr=7e-3, beta2=0.99, hellaswag_every=0, ewok_every=0,
-        eval_every=250, save_every=250, sample_every=250, sample_prompt="\n", sample_tokens=160, print_every=25,
+        n_layer=3, n_head=2, n_embd=128, softcap=0.0, zero_init=False, B=16, T=128, total_batch_size=2048,
+        max_steps=1350, warmup_steps=20, cooldown_steps=945, max_lr=7e-3, beta2=0.99, hellaswag_every=0, ewok_every=0,
+        eval_every=450, save_every=450, sample_every=450, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),
-    "modern": MODERN | dict(max_lr=3.6e-3, warmup_steps=40, cooldown_steps=11_444, weight_decay=0.04),
+    "modern": MODERN | dict(n_head=6, max_lr=3.6e-3, warmup_steps=40, cooldown_steps=11_444, weight_decay=0.04),
     "gpt2": {},
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, B=32, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, B=16, max_lr=2.5e-4, min_lr=2.5e-5),

@@ -37,6 +37,14 @@ def test_only_scripts_import_scripts():
         assert not imports(name) & scripts, name
 
 
+def test_text_to_shards_without_torch():
+    """Whose import takes longer than the tokens of a small text."""
+    reached = ["fineweb"]
+    for name in reached:
+        reached += imports(name) - set(reached)
+    assert "shards" in reached and not [name for name in reached if "import torch" in FILES[name]]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_functions_fit_a_screen(name):
     for node in ast.walk(ast.parse(FILES[name])):

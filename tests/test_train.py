@@ -632,7 +632,7 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
     with pytest.raises(SystemExit) as e:
         run(edited, "--resume")
     assert e.value.code == (
-        "train_gpt2.py has other defaults now: weight_decay=0.3 (the run: 0.1); choose with --weight_decay="
+        "train_gpt2.py has other defaults now: weight_decay=0.3; choose them, or what the run has: --weight_decay=0.1"
     )
     with pytest.raises(SystemExit, match=r"--preset=gpt2: the run to resume has tiny; leave it out"):
         run("train_gpt2.py", "--resume", "--preset=gpt2")
