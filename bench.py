@@ -273,8 +273,16 @@ def convert_ours():
     return repeat, size
 
 
-def copy():
-    """The same bytes, copied and on the disk."""
+# -- what the machine can do, in the units of the contenders ------------------------------------------------
+def matmul():
+    """Training tokens whose FLOPs a large matrix product does in the same time."""
+    n, times = (8192, 20) if device.startswith("cuda") else (2048, 4)
+    a, b = torch.randn(2, n, n, device=device).to(pick_dtype(dtype, device))
+    return lambda: [a @ b for _ in range(times)], times * 2 * n**3 / new_model().flops_per_token(T)
+
+
+def copy_bins():
+    """The bytes of convert_ours, copied and on the disk."""
     folder, size = made_up_bins()
 
     def repeat():
@@ -285,14 +293,6 @@ def copy():
                     os.fsync(f.fileno())
 
     return repeat, size
-
-
-# -- what the machine can do, in the units of the contenders ------------------------------------------------
-def matmul():
-    """Training tokens whose FLOPs a large matrix product does in the same time."""
-    n, times = (8192, 20) if device.startswith("cuda") else (2048, 4)
-    a, b = torch.randn(2, n, n, device=device).to(pick_dtype(dtype, device))
-    return lambda: [a @ b for _ in range(times)], times * 2 * n**3 / new_model().flops_per_token(T)
 
 
 # -- other people's code ------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours": score_ours, "item by item (as build-nanogpt)": score_item_by_item, "lm_eval": score_lm_eval,
     }),
     "tokenize": ("tokens", {"ours": tokenize_ours, "pool.imap (build-nanogpt)": tokenize_pool}),
-    "convert": ("MB", {"ours": convert_ours, "limit: copy": copy}),
+    "convert": ("MB", {"ours": convert_ours, "limit: copy": copy_bins}),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@
     python train_gpt2.py --help                              # every setting, its default and its comment
 
 A script ends with `configure(globals())` and then calls its main(). Files of settings are parsed, never executed. After
-nanoGPT's configurator.py, which exec()s them.
+nanoGPT's configurator.py, which exec()s them. from_environment() and cores() are what a launcher and the machine set.
 """
 
 import ast

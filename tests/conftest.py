@@ -113,19 +113,12 @@ def spawn(tmp_path, forks):
     """
 
     def call(script, *args, nproc=1, cwd=tmp_path):
-        where = {}
-        if nproc > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-            where |= {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
-        ranks = [{"RANK": i, "LOCAL_RANK": i} if nproc > 1 else {} for i in range(nproc)]
         args = without_a_picture(script, args)
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             processes = [
-                FORKS.Process(target=play, args=(script, args, cwd, dict(os.environ), where | rank, out, err))
-                for rank in ranks
+                FORKS.Process(target=play, args=(script, args, cwd, environ, out, err))
+                for environ in environments(nproc)
             ]
             for process in processes:
                 process.start()
@@ -145,11 +138,23 @@ def spawn(tmp_path, forks):
     return call
 
 
-def play(script, args, cwd, environ, where, out, err):
+def environments(nproc):
+    """The variables of each of nproc processes, of which torchrun sets some if they are several."""
+    if nproc == 1:
+        return [dict(os.environ)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+    each = ({**shared, "RANK": i, "LOCAL_RANK": i} for i in range(nproc))
+    return [os.environ | {key: str(value) for key, value in of.items()} for of in each]
+
+
+def play(script, args, cwd, environ, out, err):
     """What python script args does, in a process that is a fork."""
     os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(environ | {key: str(value) for key, value in where.items()})
+    os.environ.update(environ)
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.argv = [script, *args]
