@@ -15,6 +15,7 @@ import collections
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -120,8 +121,20 @@ def table(path, columns, place):
     (done,) = place or (0,)
     csv.field_size_limit(1 << 30)
     with io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
-        rows = csv.DictReader(f, delimiter="\t" if ".tsv" in path.lower() else ",")
-        for number, row in enumerate(rows, start=1):
+        rows = csv.DictReader(f, delimiter="\t" if ".tsv" in path.lower() else ",", strict=True)
+        twice = [name for name, count in collections.Counter(rows.fieldnames).items() if count > 1 and name in columns]
+        if twice:
+            raise ValueError(f"several columns are called {twice[0]!r}")
+        for number in itertools.count(1):
+            try:
+                row = next(rows)
+                row = Unreadable("more fields than columns") if None in row else row
+            except StopIteration:
+                return
+            except csv.Error as e:
+                if "end of data" in str(e):  # a quotation that nothing ends: all that is behind it is in it
+                    raise
+                row = Unreadable(str(e))
             if number > done:
                 yield row, [number]
 

@@ -199,8 +199,8 @@ def main():
     if dtype not in dtypes:
         sys.exit(f"--dtype={dtype}: choose {', '.join(dtypes)}")
     path = out_dir if format == "hf" else out or f"model.{format}"
-    if format == "hf" and os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        sys.exit(f"--out_dir={path}: exists already; choose another, or delete it")
+    if os.path.exists(path) and not (format == "hf" and os.path.isdir(path) and not os.listdir(path)):
+        sys.exit(f"--out{'_dir' * (format == 'hf')}={path}: exists already; choose another, or delete it")
     model, enc = load_model(ckpt, "cpu", log_dir)
     try:
         if format == "hf":

@@ -287,7 +287,7 @@ class Shards:
             if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
                 hint = f"python fineweb.py --dataset={where} --out_dir=my_shards"
                 sys.exit(f"{data_dir}: holds no shards; make them with {hint}")
-            sys.exit(f"no shards in {data_dir}/: make them with python fineweb.py --out_dir={where}")
+            sys.exit(f"no shards in {os.path.abspath(data_dir)}/: make them with python fineweb.py --out_dir={where}")
         meta = self.refresh()
         self.dataset, name = meta.get("dataset"), meta["tokenizer"]
         self.enc = load_tokenizer(os.path.join(data_dir, name) if name.endswith(".json") else name)

@@ -145,6 +145,7 @@ def test_mistakes(run, checkpoint, tmp_path, own):
     (tmp_path / "full" / "x").write_text("")
     for args, message in (
         (["--out_dir=full"], r"--out_dir=full: exists already; choose another, or delete it"),
+        (["--format=pt", "--out=full/x"], r"--out=full/x: exists already; choose another, or delete it"),
         (["--format=gguf"], r"--format=gguf: choose hf, onnx or pt"),
         (["--dtype=int8"], r"--dtype=int8: choose float32, bfloat16, float16"),
         (["--ckpt=gone"], r"gone: no such checkpoint"),

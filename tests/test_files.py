@@ -203,6 +203,22 @@ def test_a_column_whose_name_has_a_dot(tmp_path):
 
 
 # -- rows ---------------------------------------------------------------------------
+def test_tables_that_are_not_quite_tables(tmp_path):
+    """A comma or a quotation mark that should have been quoted, columns of one name, a quotation without an end."""
+    rows = ["id,text", "1,a", "2,b, and more", '3,"c" he said', "4", '5,"d', 'e"', "6,f"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    texts, report = found(tmp_path / "a.csv")
+    assert texts == ["a", "d\ne", "f"]
+    assert report.startswith("of 6 rows were left out: 2 unreadable, 1 without text (")
+    assert "row 2: more fields than columns; " in report and "row 3: ',' expected after '\"')" in report
+    (tmp_path / "b.csv").write_text("text,text\na,b\n")
+    with pytest.raises(SystemExit, match=r"cannot read .*b\.csv: ValueError: several columns are called 'text'"):
+        found(tmp_path / "b.csv")
+    (tmp_path / "c.tsv").write_text('text\n"a\nb\nc\n')
+    with pytest.raises(SystemExit, match=r"cannot read .*c\.tsv: Error: unexpected end of data"):
+        found(tmp_path / "c.tsv")
+
+
 BAD = {
     "null": b"null", "number": b"5", "surrogate": b'{"text": "x\\ud83d"}', "latin-1": b'{"text": "caf\xe9"}',
     "cut short": b'{"text": "half of a li', "deep": b"[" * 100_000,

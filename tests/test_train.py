@@ -321,7 +321,7 @@ def test_a_second_interrupt_stops_at_once(shards, tmp_path):
     time.sleep(1.5)
     assert process.poll() is None, "the first waits for step 60, which takes 80 seconds here"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == -signal.SIGINT
+    assert process.wait(timeout=60) == -signal.SIGINT
     assert load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"] == 50
 
 
@@ -842,8 +842,8 @@ def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
         (["--max_step=5"], r"there is no setting 'max_step'; did you mean max_steps\?"),
         (["--max_steps=soon"], r"--max_steps=soon: expected a whole number"),
         (["--preset=huge"], r"--preset=huge: choose auto, tiny, modern, gpt2, "),
-        (["--data_dir=gone"], r"no shards in gone/: make them with python fineweb\.py --out_dir=gone"),
-        (["--preset=gpt2"], r"no shards in edu_fineweb10B/: make them with python fineweb\.py"),
+        (["--data_dir=gone"], r"no shards in /.*/gone/: make them with python fineweb\.py --out_dir=gone"),
+        (["--preset=gpt2"], r"no shards in /.*/edu_fineweb10B/: make them with python fineweb\.py"),
         ([*SMALL, "--B=3"], r"not a multiple of B x T x processes = 3 x 32 x 1 = 96; try --B=2"),
         (
             [*SMALL, "--total_batch_size=500"],
