@@ -118,16 +118,16 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
         print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
     bar = tqdm(total=max_tokens or None, initial=writer.taken, unit="tok", unit_scale=True, desc=out_dir)
     made = texts.batches(enc) if isinstance(texts, Tokens) else tokenize(texts, enc, token_dtype(enc))
-    with bar, contextlib.closing(made) as batches:
+    with writer.pool, bar, contextlib.closing(made) as batches:  # whatever happens, the shard on its way is finished
         for tokens, state in batches:
             tokens = tokens[: max_tokens - writer.taken] if max_tokens else tokens
             writer.add(tokens, state)
             bar.update(len(tokens))
             if writer.taken == max_tokens:
                 break
-    if not writer.taken and getattr(texts, "report", str)():
-        sys.exit(f"{out_dir} would be empty: {texts.report()}")
-    return writer.close()
+        if not writer.taken and getattr(texts, "report", str)():
+            sys.exit(f"{out_dir} would be empty: {texts.report()}")
+        return writer.close()
 
 
 def make_demo_shards(out_dir, keep=False):

@@ -93,11 +93,12 @@ class ShardWriter:
     one. A corpus of less than two shards gives its last tenth to validation instead. Files are renamed into place when
     whole.
 
-    Two positions in the stream say where the writer is: the first `written` tokens are in shards, and those from there
-    up to `taken` in the buffer. Where out_dir holds the beginning of the same set, that is continued: the stream is
-    then to be taken up again at `taken`, where `state`, as add() got it, says how, and that is before `written`; until
-    it has come there, its tokens are compared with what the shards end with. Exits if they differ, or what is there was
-    made with other settings, which `about` holds for meta.json.
+    Two positions in the stream say where the writer is: the first `written` tokens are in shards, the last of which is
+    perhaps still on its way to the disk, and those from there up to `taken` in the buffer. Where out_dir holds the
+    beginning of the same set, that is continued: the stream is then to be taken up again at `taken`, where `state`, as
+    add() got it, says how, and that is before `written`; until it has come there, its tokens are compared with what the
+    shards end with. Exits if they differ, or what is there was made with other settings, which `about` holds for
+    meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
@@ -105,8 +106,9 @@ class ShardWriter:
         self.val_tokens = val_tokens
         about = about | ({"val_tokens": val_tokens} if val_tokens else {})
         self.byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
+        first = (val_tokens or shard_size) + shard_size  # tokens that are taken before anything is written
         try:
-            self.buffer = np.empty((val_tokens or shard_size) + shard_size, token_dtype(enc))
+            self.buffer = np.empty(max(first, 2 * shard_size), token_dtype(enc))
         except MemoryError:
             sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
         self.tokenizer = tokenizer_state(enc)
@@ -120,6 +122,8 @@ class ShardWriter:
             "shards": [],
         }
         self.written = self.taken = 0
+        self.start = len(self.buffer) - first  # where in the buffer the tokens behind `written` are
+        self.pool, self.writing = ThreadPoolExecutor(2), None  # the shard that is on its way
         self.state = None  # where the stream's source stands at `taken`
         self.alive_at = 0.0  # when meta.json was last touched
         if has_shards(out_dir):
@@ -141,7 +145,7 @@ class ShardWriter:
         first = self.val_tokens or self.shard_size
         if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < first):
             return  # the first two belong together, and so do those of a small corpus: they are written again
-        self.meta = old
+        self.meta, self.start = old, 0
         self.written = self.taken = sum(shard["tokens"] for shard in old["shards"])
         if not old["complete"]:
             self.state, self.taken = old["position"]["state"], old["position"]["tokens"]
@@ -154,12 +158,14 @@ class ShardWriter:
         new = tokens[max(0, self.written - self.taken) :]
         self.state, self.taken = state, self.taken + len(tokens)
         while len(new):
-            held = self.taken - len(new) - self.written  # tokens in the buffer
-            full = self.shard_size if self.meta["shards"] else len(self.buffer)
-            part, new = new[: full - held], new[full - held :]
-            self.buffer[held : held + len(part)] = part
-            if held + len(part) == full:
-                self._flush(self.buffer[:full])
+            end = self.start + self.taken - len(new) - self.written
+            last = self.start + self.shard_size if self.written else len(self.buffer)
+            part, new = new[: last - end], new[last - end :]
+            self.buffer[end : end + len(part)] = part
+            if end + len(part) == last:
+                first = not self.written
+                self._flush(self.buffer[self.start : last])  # from where it is written while the other half fills
+                self.start = 0 if first or self.start else len(self.buffer) - self.shard_size
         if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
             os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
             self.alive_at = time.monotonic()
@@ -179,8 +185,8 @@ class ShardWriter:
         held = self.taken - self.written
         if held < 0:
             sys.exit(f"{self.out_dir} holds the beginning of a longer text than this: choose another --out_dir")
-        rest = self.buffer[:held]
-        if not self.meta["shards"]:
+        rest = self.buffer[self.start : self.start + held]
+        if not self.written:
             if not held:
                 sys.exit("the dataset is empty: it has no document with text")
             if self.val_tokens >= held:
@@ -194,43 +200,54 @@ class ShardWriter:
             val, rest = (rest[cut:], rest[:cut]) if not self.val_tokens else np.split(rest, [self.val_tokens])
             self._write_shard(val)
         self._flush(rest)
+        self._finish()
         self.meta["complete"] = True
         self.meta.pop("position", None)
         self._write_meta()
         return self.meta
 
     def _flush(self, tokens):
-        if not self.meta["shards"]:
+        if not self.written:
             self._write_shard(tokens[: -self.shard_size])
             tokens = tokens[-self.shard_size :]
         for start in range(0, len(tokens), self.shard_size):
             self._write_shard(tokens[start : start + self.shard_size])
 
     def _write_shard(self, tokens):
-        i = len(self.meta["shards"])
-        if i == 0:
+        """Begin to write a shard, as soon as the one before it is on the disk."""
+        self._finish()
+        if not self.written:
             os.makedirs(self.out_dir, exist_ok=True)
             if not isinstance(self.tokenizer, str):
                 write_whole(f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode()))
             self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
+        self.written += len(tokens)
+        self.writing = self.pool.submit(self._write, tokens, self.meta.get("position"))
+
+    def _finish(self):
+        """Wait until the shard that is on its way is on the disk; raises the OSError of a disk that is full."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def _write(self, tokens, position):
+        i = len(self.meta["shards"])
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
-        shard = {"file": name, "split": split, "tokens": len(tokens)}
-        with ThreadPoolExecutor(1) as pool:  # to count meanwhile, which takes as long
-            counts = pool.submit(self._count, tokens)
-            write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
-        self.meta["shards"].append(shard | counts.result())
-        self.written += len(tokens)
-        self._write_meta()
+        counts = self.pool.submit(self._count, tokens)  # meanwhile, as it takes as long
+        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
+        self.meta["shards"].append({"file": name, "split": split, "tokens": len(tokens)} | counts.result())
+        self._write_meta(position=position)
 
     def _count(self, tokens):
         parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
         documents = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
-        return {"documents": documents, "bytes": sum(int(self.byte_lengths.take(part).sum()) for part in parts)}
+        lengths = (self.byte_lengths.take(part, mode="clip") for part in parts)  # no check: all are in the vocabulary
+        return {"documents": documents, "bytes": sum(int(length.sum(dtype=np.uint32)) for length in lengths)}
 
-    def _write_meta(self):
+    def _write_meta(self, **now):
         path = os.path.join(self.out_dir, "meta.json")
-        write_whole(path, lambda f: f.write(json.dumps(self.meta, indent=1).encode()))
+        write_whole(path, lambda f: f.write(json.dumps(self.meta | now, indent=1).encode()))
 
 
 # -- reading ------------------------------------------------------------------------

@@ -138,16 +138,16 @@ def corpus(tmp_path):
 @pytest.fixture
 def dies_at(monkeypatch):
     """dies_at(n): writing shard n fails, once."""
-    write = ShardWriter._write_shard
+    write = ShardWriter._write
 
     def patch(n):
-        def patched(self, tokens):
+        def patched(self, *args):
             if len(self.meta["shards"]) == n:
-                monkeypatch.setattr(ShardWriter, "_write_shard", write)
+                monkeypatch.setattr(ShardWriter, "_write", write)
                 raise ZeroDivisionError
-            write(self, tokens)
+            write(self, *args)
 
-        monkeypatch.setattr(ShardWriter, "_write_shard", patched)
+        monkeypatch.setattr(ShardWriter, "_write", patched)
 
     return patch
 

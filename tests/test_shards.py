@@ -194,18 +194,18 @@ def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, m
     """Between one and two shards, validation is the end of the text and is written first."""
     stream = [256, *range(189)]
     write(tmp_path / "whole", [stream], 100)
-    written = ShardWriter._write_shard
+    written = ShardWriter._write
     for n in (0, 1, 2):
 
-        def die(self, tokens, n=n):
+        def die(self, *args, n=n):
             if len(self.meta["shards"]) == n:
                 raise OSError(28, "No space left on device")
-            written(self, tokens)
+            written(self, *args)
 
-        monkeypatch.setattr(ShardWriter, "_write_shard", die)
+        monkeypatch.setattr(ShardWriter, "_write", die)
         with pytest.raises(OSError, match="No space"):
             write(tmp_path / f"died{n}", [stream], 100)
-        monkeypatch.setattr(ShardWriter, "_write_shard", written)
+        monkeypatch.setattr(ShardWriter, "_write", written)
         write(tmp_path / f"died{n}", [stream], 100)
         for path in (tmp_path / "whole").iterdir():
             assert path.read_bytes() == (tmp_path / f"died{n}" / path.name).read_bytes()
