@@ -8,10 +8,13 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of a matrix is made orthogonal: https://kellerjordan.github.io/posts/muon.
 
-    The update is scaled to the size that AdamW's has, so that one learning rate and one weight decay serve both
-    (https://arxiv.org/abs/2502.16982). In difference to torch.optim.Muon a parameter can hold several matrices, one
-    above the other, each of which is made orthogonal by itself (a group's `parts`), and those of one shape are worked
-    on together.
+    Then no neuron, a row of the matrix or, where that is wide, a column, is to learn faster than others: the update of
+    each is divided by the root mean square of its latest ones (NorMuon, https://arxiv.org/abs/2510.05491, with
+    nanochat's choice of rows or columns), and the whole gets back the size it had. That size is what AdamW's updates
+    have, so that one learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
+
+    A parameter can hold several matrices, one above the other, each of which is made orthogonal by itself (a group's
+    `parts`). Those of one shape are worked on together.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95, parts=1):
@@ -27,22 +30,45 @@ class Muon(torch.optim.Optimizer):
                 for start in range(0, len(same), n):
                     self.update(same[start : start + n], group)
 
+    @staticmethod
+    def empty_state(p):
+        """What is kept of a parameter (rows, columns): means of its gradients, and of its neurons' squared updates."""
+        rows, columns = p.shape
+        neurons = (rows, 1) if rows >= columns else (1, columns)
+        return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(neurons, device=p.device)}
+
     def update(self, params, group):
         """One update of parameters of one shape."""
-        updates = []
+        updates, squares = [], []
         for p in params:
-            mean = self.state[p].get("momentum_buffer")
-            if mean is None:
-                mean = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            mean.lerp_(p.grad, 1 - group["momentum"])
+            if "neuron_squares" not in self.state[p]:  # runs of before it have the other
+                self.state[p] = self.empty_state(p) | self.state[p]
+            mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(mean, group["momentum"]).bfloat16()
             updates.append(update.full_tensor() if is_divided(update) else update)
+            squares.append(self.state[p]["neuron_squares"])
         matrices = torch.stack(updates)  # (N, rows, columns)
         matrices = orthogonal(matrices.unflatten(1, (group["parts"], -1)).flatten(0, 1))
+        matrices = matrices * neuron_shares(matrices, squares).bfloat16()
         size = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's updates have a root mean square of about 0.2
         for p, update in zip(params, matrices.view(len(params), *updates[0].shape), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(divided_like(p, update), alpha=-group["lr"] * size)
+
+
+def neuron_shares(matrices, squares, beta2=0.95):
+    """By what the rows, or columns, of matrices (N, m, n) are to be multiplied: (N, m, 1) if m >= n, else (N, 1, n).
+
+    squares are tensors of the running means of their squared sizes, the same numbers of values in the same order, which
+    take up those of now. Only their ratios matter, so that it does not that they begin at zero.
+    """
+    along = 2 if matrices.size(1) >= matrices.size(2) else 1
+    now = matrices.norm(dim=along, keepdim=True, dtype=torch.float32).square()
+    for mean, values in zip(squares, now.view(len(squares), *squares[0].shape), strict=True):
+        mean.lerp_(values, 1 - beta2)
+    shares = torch.stack(squares).view_as(now).clamp(min=1e-20).rsqrt()
+    before, after = (x.sum(dim=(1, 2), keepdim=True) for x in (now, now * shares.square()))
+    return shares * (before / after.clamp(min=1e-20)).sqrt()
 
 
 def orthogonal(X):

@@ -424,8 +424,12 @@ def step_optimizer(optimizer, scaler):
 def state_dicts(model, optimizers):
     """(the model's state dict, [each optimizer's]), whole on rank 0. All ranks call it."""
     for optimizer in optimizers:
-        states = [(optimizer.state[p], p) for p in shares(optimizer)]  # each process has its share's momenta
-        spread([state.setdefault("momentum_buffer", torch.zeros_like(p)) for state, p in states])
+        matrices = shares(optimizer)  # each process has the state of its share
+        empty = getattr(optimizer, "empty_state", lambda p: {"momentum_buffer": torch.zeros_like(p)})  # torch's Muon
+        for p in matrices:
+            optimizer.state[p] = empty(p) | optimizer.state[p]
+        for key in optimizer.state[matrices[0]] if matrices else ():
+            spread([optimizer.state[p][key] for p in matrices])
     weights, states = model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]
     if divided_modules(model):
         weights, states = whole(weights), whole(states)

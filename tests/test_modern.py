@@ -266,7 +266,7 @@ def test_muon_orthogonalises(optimizer):
 
 
 def test_muon_is_muon_of_each_matrix():
-    """Three steps of every matrix: as torch.optim.Muon makes them of q, k, v, gate and up by themselves."""
+    """Three steps of every matrix: as torch.optim.Muon and NorMuon make them of q, k, v, gate and up by themselves."""
     model = random_model(mlp="swiglu", n_layer=3)
     _, muon = configure_optimizers(model, 0.1, 1e-2, optimizer="muon")
     parts = {"c_attn": 3, "c_fc": 2, "attn.c_proj": 1, "mlp.c_proj": 1}
@@ -279,7 +279,7 @@ def test_muon_is_muon_of_each_matrix():
     theirs = {}
     for kind, *_, q in pairs:
         theirs.setdefault(kind, []).append(q)
-    how = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    how = {"weight_decay": 0.0, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     theirs = [torch.optim.Muon(qs, 5e-3 if kind == "mlp.c_proj" else 1e-2, **how) for kind, qs in theirs.items()]
     for group in muon.param_groups:
         group["lr"] *= group.get("lr_share", 1)
@@ -289,8 +289,16 @@ def test_muon_is_muon_of_each_matrix():
             p.grad = torch.randn_like(p)
         for _, p, i, n, q in pairs:
             q.grad = p.grad.chunk(n)[i].clone()
+            q.before = q.detach().clone()
         for optimizer in (muon, *theirs):
             optimizer.step()
+        for kind, _, _, _, q in pairs:
+            change = (q.before - q.detach()).double()
+            now = change.square().mean(0 if q.size(0) < q.size(1) else 1, keepdim=True)
+            q.squares = 0.95 * getattr(q, "squares", 0) + 0.05 * now
+            scaled = change / q.squares.sqrt()
+            decayed = q.before * (1 - 0.1 * (5e-3 if kind == "mlp.c_proj" else 1e-2))
+            q.data = decayed - (scaled * change.norm() / scaled.norm()).float()
     for kind, p, i, n, q in pairs:
         torch.testing.assert_close(p.chunk(n)[i], q, atol=3e-4, rtol=0, msg=kind)
 
@@ -357,8 +365,13 @@ def test_muon_on_two_ranks_is_muon_on_one(run, spawn, shards, tmp_path):
     one, two = (load_checkpoint(str(tmp_path / x / "resume.pt"))["optimizers"][1]["state"] for x in ("log", "two"))
     assert one.keys() == two.keys()
     for i, state in one.items():
-        a, b = state["momentum_buffer"], two[i]["momentum_buffer"]
-        assert (a - b).norm() < 0.02 * a.norm(), "every rank's share is in the checkpoint"
+        for key, a in state.items():
+            assert (a - two[i][key]).norm() < 0.02 * a.norm(), f"every rank's share of {key} is in the checkpoint"
+    for name in ("log", "two"):  # as runs have it from before there were any
+        saved = load_checkpoint(str(tmp_path / name / "resume.pt"))
+        for state in saved["optimizers"][1]["state"].values():
+            del state["neuron_squares"]
+        torch.save(saved, tmp_path / name / "resume.pt")
     run("train_gpt2.py", "--resume", "--log_dir=two", "--max_steps=10")
     run("train_gpt2.py", "--resume", "--max_steps=10")
     assert read_log(tmp_path / "two", "train") == pytest.approx(read_log(tmp_path / "log", "train"), abs=5e-4)
