@@ -230,17 +230,14 @@ def reader_of(path):
     return None if packed and reader is parquet else reader
 
 
-def unreadable_folder(e):
-    sys.exit(f"{e.filename}: this folder cannot be read ({e.strerror})")
-
-
 def find_files(path):
     """The files of a dataset, in order: of a file, or a folder and those in it. Exits if none can be read."""
     if not os.path.isdir(path):
         found = [path]
     else:
         found, seen = [], set()
-        for folder, folders, names in os.walk(path, onerror=unreadable_folder, followlinks=True):
+        fail = lambda e: sys.exit(f"{e.filename}: this folder cannot be read ({e.strerror})")  # noqa: E731
+        for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
             folders[:] = sorted(x for x in folders if not x.startswith("."))
             real = os.path.realpath(folder)
             if real in seen or (".lock" in names and folder != path):  # by a link, or shards that are being written
@@ -325,8 +322,7 @@ class Documents:
         if not self.local and dataset not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
             names = ", ".join([*HUB, "tinyshakespeare"])
             sys.exit(f"{dataset}: no such file or folder; known names: {names}, or owner/name of the hub")
-        self.state = None
-        self.left_out, self.named = collections.Counter(), []
+        self.state, self.left_out, self.named = None, collections.Counter(), []
 
     def state_dict(self):
         return self.state
@@ -361,8 +357,6 @@ class Documents:
     def _texts(self):
         """Yield the documents behind self.state, which moves on with them."""
         state = self.state or {"documents": 0, "file": "", "place": None, "left_out": {}}
-        if not isinstance(state.get("file"), str):
-            sys.exit("these shards were begun by an older version: finish them with it, or choose another --out_dir")
         self.left_out = collections.Counter(state["left_out"])
         count = state["documents"]
         for row, file, place, where in self._rows(state["file"], state["place"]):
