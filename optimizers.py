@@ -14,7 +14,7 @@ class Muon(torch.optim.Optimizer):
     have, so that one learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
 
     A parameter can hold several matrices, one above the other, each of which is made orthogonal by itself (a group's
-    `parts`). Those of one shape are worked on together.
+    `parts`). Those of one shape, lying or standing, are worked on together.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95, parts=1):
@@ -22,68 +22,67 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        alike = {}  # {(m, n) with m <= n: the parameters whose matrices are (m, n) or (n, m)}
         for group in self.param_groups:
-            mine = [p for p in group["params"] if p.grad is not None]  # the others are other processes' work
-            for shape in dict.fromkeys(p.shape for p in mine):
-                same = [p for p in mine if p.shape == shape]
-                n = max(1, 2**26 // shape.numel())  # so many at a time: 128 MB
-                for start in range(0, len(same), n):
-                    self.update(same[start : start + n], group)
+            for p in group["params"]:
+                if p.grad is not None:  # the others are other processes' work
+                    sides = sorted((p.size(0) // group["parts"], p.size(1)))
+                    alike.setdefault(tuple(sides), []).append((p, group))
+        for (m, n), members in alike.items():
+            count = max(1, 2**25 // (m * n))  # at a time: 64 MB, or three times that where all have three parts
+            for start in range(0, len(members), count):
+                self.update(members[start : start + count])
 
     @staticmethod
     def empty_state(p):
-        """What is kept of a parameter (rows, columns): means of its gradients, and of its neurons' squared updates."""
-        rows, columns = p.shape
-        neurons = (rows, 1) if rows >= columns else (1, columns)
-        return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(neurons, device=p.device)}
+        """What is kept of a parameter: means of its gradients, and of the squared updates of each of its neurons."""
+        return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(max(p.shape), device=p.device)}
 
-    def update(self, params, group):
-        """One update of parameters of one shape."""
-        updates, squares = [], []
-        for p in params:
+    def update(self, members):
+        """One update of (parameter, group) pairs whose matrices have the same two sides, m <= n."""
+        matrices, squares = [], []
+        for p, group in members:
             if "neuron_squares" not in self.state[p]:  # runs of before it have the other
                 self.state[p] = self.empty_state(p) | self.state[p]
             mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(mean, group["momentum"]).bfloat16()
-            updates.append(update.full_tensor() if is_divided(update) else update)
+            update = (update.full_tensor() if is_divided(update) else update).unflatten(0, (group["parts"], -1))
+            matrices.append(update if update.size(1) < update.size(2) else update.mT)  # (parts, m, n)
             squares.append(self.state[p]["neuron_squares"])
-        matrices = torch.stack(updates)  # (N, rows, columns)
-        matrices = orthogonal(matrices.unflatten(1, (group["parts"], -1)).flatten(0, 1))
-        matrices = matrices * neuron_shares(matrices, squares).bfloat16()
-        size = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's updates have a root mean square of about 0.2
-        for p, update in zip(params, matrices.view(len(params), *updates[0].shape), strict=True):
+        X = orthogonal(torch.cat(matrices))
+        X = X * neuron_shares(X, squares).bfloat16()
+        size = 0.2 * X.size(2) ** 0.5  # AdamW's updates have a root mean square of about 0.2
+        for (p, group), update in zip(members, X.split([len(x) for x in matrices]), strict=True):
+            update = update if p.size(0) < p.size(1) else update.mT
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(divided_like(p, update), alpha=-group["lr"] * size)
-
-
-def neuron_shares(matrices, squares, beta2=0.95):
-    """By what the rows, or columns, of matrices (N, m, n) are to be multiplied: (N, m, 1) if m >= n, else (N, 1, n).
-
-    squares are tensors of the running means of their squared sizes, the same numbers of values in the same order, which
-    take up those of now. Only their ratios matter, so that it does not that they begin at zero.
-    """
-    along = 2 if matrices.size(1) >= matrices.size(2) else 1
-    now = matrices.norm(dim=along, keepdim=True, dtype=torch.float32).square()
-    for mean, values in zip(squares, now.view(len(squares), *squares[0].shape), strict=True):
-        mean.lerp_(values, 1 - beta2)
-    shares = torch.stack(squares).view_as(now).clamp(min=1e-20).rsqrt()
-    before, after = (x.sum(dim=(1, 2), keepdim=True) for x in (now, now * shares.square()))
-    return shares * (before / after.clamp(min=1e-20)).sqrt()
+            p.add_(divided_like(p, update.flatten(0, 1)), alpha=-group["lr"] * size)
 
 
 def orthogonal(X):
-    """U V^T of each matrix U S V^T of X (N, m, n), bfloat16, roughly: singular values between 0.7 and 1.2.
+    """U V^T of each matrix U S V^T of X (N, m, n), m <= n, bfloat16, roughly: singular values between 0.7 and 1.2.
 
     By five Newton-Schulz iterations with the coefficients of https://kellerjordan.github.io/posts/muon.
     """
-    if X.size(1) > X.size(2):
-        return orthogonal(X.mT).mT.contiguous()
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
         X = torch.baddbmm(X, B, X, beta=3.4445)
     return X
+
+
+def neuron_shares(X, squares, beta2=0.95):
+    """By what the columns of matrices X (N, m, n), updates of a neuron each, are to be multiplied: (N, 1, n).
+
+    squares are tensors of the running means of the columns' squares, N n values in all, which take up those of now.
+    Only their ratios matter, so that they may begin at zero.
+    """
+    now = X.norm(dim=1, keepdim=True, dtype=torch.float32).square()
+    for mean, values in zip(squares, now.flatten().split([len(x) for x in squares]), strict=True):
+        mean.lerp_(values, 1 - beta2)
+    shares = torch.cat(squares).view_as(now).clamp(min=1e-20).rsqrt()
+    before, after = (x.sum(dim=(1, 2), keepdim=True) for x in (now, now * shares.square()))
+    return shares * (before / after.clamp(min=1e-20)).sqrt()
 
 
 def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
