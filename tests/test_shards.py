@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from conftest import ROOT
 from order import TrainOrder, read_windows, val_windows
+import shards
 from shards import Shards, ShardWriter
 from tokenizer import load_tokenizer
 
@@ -53,6 +55,21 @@ def test_no_token_is_lost_or_repeated(tmp_path, shard_size):
         assert shard["documents"] == list(tokens).count(256)
         assert shard["bytes"] == len(tokens) - shard["documents"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("val_tokens", [0, 37, 100, 250])
+def test_a_shard_is_written_while_the_next_one_fills(tmp_path, monkeypatch, val_tokens):
+    """On a slow disk; what comes meanwhile does not get into it."""
+    whole = shards.write_whole
+    monkeypatch.setattr(shards, "write_whole", lambda *args: (time.sleep(0.005), whole(*args)))
+    stream = np.random.default_rng(0).integers(0, 257, 1440).astype(np.uint16)
+    writer = ShardWriter(str(tmp_path), "x", ENC, 100, {"dataset": "x"}, val_tokens)
+    for start in range(0, len(stream), 13):
+        writer.add(stream[start : start + 13])
+    writer.close()
+    val, train = read(tmp_path, "val"), read(tmp_path, "train")
+    assert [len(x) for x in val] == [val_tokens or 100] and len(train) > 10
+    assert np.array_equal(np.concatenate(val + train), stream)
 
 
 def test_one_document_gives_its_last_tenth_to_validation(tmp_path):
@@ -167,6 +184,7 @@ def test_waits_for_a_writer(tmp_path):
 
     writer = ShardWriter(str(tmp_path / "part"), "x", ENC, 200, {})
     writer.add(stream[:400])
+    writer.writing.result()
     order = TrainOrder(Shards(str(tmp_path / "part")), 16, 3)
     assert order.has(order.per_epoch - 1) and not order.has(order.per_epoch)
     assert [order.locate(n) for n in range(order.per_epoch)] == expected[: order.per_epoch]
