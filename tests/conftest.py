@@ -108,17 +108,18 @@ def forks():
 def spawn(tmp_path, forks):
     """spawn("train_gpt2.py", ..., nproc=2): run a script in processes of its own, in tmp_path, as torchrun would.
 
-    Returns subprocess.CompletedProcess, its stdout and stderr as text. The processes are forks of one that has only
-    imported torch and the project, which takes them two seconds each otherwise.
+    Or as another launcher: environs are the variables of each process. Returns subprocess.CompletedProcess, its stdout
+    and stderr as text. The processes are forks of one that has only imported torch and the project, which takes them
+    two seconds each otherwise.
     """
 
-    def call(script, *args, nproc=1, cwd=tmp_path):
+    def call(script, *args, nproc=1, cwd=tmp_path, environs=None):
         args = without_a_picture(script, args)
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             processes = [
                 FORKS.Process(target=play, args=(script, args, cwd, environ, out, err))
-                for environ in environments(nproc)
+                for environ in environs or environments(nproc)
             ]
             for process in processes:
                 process.start()

@@ -76,11 +76,13 @@ def test_head_ends_other_scripts_without_a_word(run, shards, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_that_is_not_utf8(run, shards, tmp_path, encoding):
     run("train_gpt2.py", *SMALL)
-    env = os.environ | {"PYTHONIOENCODING": encoding}
-    how = {"cwd": tmp_path, "capture_output": True, "env": env, "timeout": 60}
-    result = subprocess.run(command("sample.py", "--prompt=Łódź 日本", "--max_new_tokens=40"), **how)
+    line, env = command("sample.py", "--prompt=Łódź 日本", "--max_new_tokens=40"), {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, env=os.environ | env, timeout=60)
     assert result.returncode == 0 and result.stdout.startswith("Łódź ??".encode(encoding, "replace")), result.stderr
-    bad = subprocess.run([*command("sample.py"), b"--prompt=\xff\xfe"], **how)
+
+
+def test_an_argument_that_is_not_utf8(tmp_path):
+    bad = subprocess.run([*command("sample.py"), b"--prompt=\xff\xfe"], cwd=tmp_path, capture_output=True, timeout=60)
     assert bad.returncode == 1 and bad.stderr.splitlines()[-1] == b"--prompt: is not UTF-8"
 
 
@@ -367,33 +369,16 @@ def test_home_is_where_the_tilde_is(spawn, shards, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "elsewhere") == ["mine.py"]
 
 
-def test_launchers_that_say_less_than_torchrun(shards, tmp_path):
+def test_launchers_that_say_less_than_torchrun(spawn, shards, tmp_path):
     """RANK, LOCAL_RANK and WORLD_SIZE alone, as from srun; empty ones; no address."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763", "WORLD_SIZE": "2"}
-    how = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    two = [
-        subprocess.Popen(command("train_gpt2.py", *SMALL), env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, **how)
-        for i in range(2)
-    ]
-    for process in two:
-        _, err = process.communicate(timeout=90)
-        assert process.returncode == 0, err
-    empty = subprocess.run(
-        command("train_gpt2.py", *SMALL, "--log_dir=one"), env=env | {"RANK": "", "WORLD_SIZE": ""},
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env = bare | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763", "WORLD_SIZE": "2"}
+    two = spawn("train_gpt2.py", *SMALL, environs=[env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)])
+    assert two.returncode == 0, two.stderr
+    empty = spawn("train_gpt2.py", *SMALL, "--log_dir=one", environs=[env | {"RANK": "", "WORLD_SIZE": ""}])
     assert empty.returncode == 0, empty.stderr
     assert read_log(tmp_path / "one", "train") == pytest.approx(read_log(tmp_path / "log", "train"), abs=5e-5)
-    del env["MASTER_ADDR"]
-    lost = subprocess.run(
-        command("train_gpt2.py", *SMALL),
-        env=env | {"RANK": "0"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    lost = spawn("train_gpt2.py", *SMALL, environs=[bare | {"RANK": "0", "WORLD_SIZE": "2"}])
     assert "MASTER_ADDR" in lost.stderr.splitlines()[-1] and "torchrun sets all" in lost.stderr, lost.stderr
 
 
