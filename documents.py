@@ -15,7 +15,6 @@ import collections
 import csv
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
@@ -120,21 +119,22 @@ def table(path, columns, place):
     """.csv or .tsv"""
     (done,) = place or (0,)
     csv.field_size_limit(1 << 30)
+    how = {"delimiter": "\t" if ".tsv" in path.lower() else ","}
     with io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
-        rows = csv.DictReader(f, delimiter="\t" if ".tsv" in path.lower() else ",", strict=True)
-        twice = [name for name, count in collections.Counter(rows.fieldnames).items() if count > 1 and name in columns]
-        if twice:
-            raise ValueError(f"several columns are called {twice[0]!r}")
-        for number in itertools.count(1):
+        lines = []  # of the row; those of the first have the header before them
+        rows = csv.DictReader((lines.append(line) or line for line in f), **how)
+        twice = [name for name in columns if (rows.fieldnames or []).count(name) > 1]
+        if twice or rows.fieldnames == []:
+            raise ValueError(f"several columns are called {twice[0]!r}" if twice else "its first line is empty")
+        for number, row in enumerate(rows, start=1):
             try:
-                row = next(rows)
-                row = Unreadable("more fields than columns") if None in row else row
-            except StopIteration:
-                return
+                list(csv.reader(lines, **how, strict=True))
+                row = Unreadable("more fields than columns") if any(row.get(None, ())) else row
             except csv.Error as e:
                 if "end of data" in str(e):  # a quotation that nothing ends: all that is behind it is in it
                     raise
-                row = Unreadable(str(e))
+                row = Unreadable(f'{e} in {len(lines)} lines; in a field a " is written ""')
+            lines.clear()
             if number > done:
                 yield row, [number]
 

@@ -200,7 +200,7 @@ def main():
         sys.exit(f"--dtype={dtype}: choose {', '.join(dtypes)}")
     path = out_dir if format == "hf" else out or f"model.{format}"
     if os.path.exists(path) and not (format == "hf" and os.path.isdir(path) and not os.listdir(path)):
-        sys.exit(f"--out{'_dir' * (format == 'hf')}={path}: exists already; choose another, or delete it")
+        sys.exit(f"{'--out_dir' if format == 'hf' else '--out'}={path}: exists already; choose another, or delete it")
     model, enc = load_model(ckpt, "cpu", log_dir)
     try:
         if format == "hf":

@@ -8,10 +8,10 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of a matrix is made orthogonal: https://kellerjordan.github.io/posts/muon.
 
-    Then no neuron, a row of the matrix or, where that is wide, a column, is to learn faster than others: the update of
-    each is divided by the root mean square of its latest ones (NorMuon, https://arxiv.org/abs/2510.05491, with
-    nanochat's choice of rows or columns), and the whole gets back the size it had. That size is what AdamW's updates
-    have, so that one learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
+    Each neuron, a row of the matrix or, where that is wide, a column, then gets updates of one size: its own is divided
+    by the root mean square of its latest ones (NorMuon, https://arxiv.org/abs/2510.05491, with nanochat's choice of
+    rows or columns), and the whole gets back the size it had. That size is what AdamW's updates have, so that one
+    learning rate and one weight decay serve both (https://arxiv.org/abs/2502.16982).
 
     A parameter can hold several matrices, one above the other, each of which is made orthogonal by itself (a group's
     `parts`). Those of one shape, lying or standing, are worked on together.
@@ -29,20 +29,23 @@ class Muon(torch.optim.Optimizer):
                     sides = sorted((p.size(0) // group["parts"], p.size(1)))
                     alike.setdefault(tuple(sides), []).append((p, group))
         for (m, n), members in alike.items():
-            count = max(1, 2**25 // (m * n))  # at a time: 64 MB, or three times that where all have three parts
+            count = max(1, 2**25 // (m * n))  # at a time: tensors of 64 MB, or three times that with three parts each
             for start in range(0, len(members), count):
                 self.update(members[start : start + count])
 
     @staticmethod
     def empty_state(p):
-        """What is kept of a parameter: means of its gradients, and of the squared updates of each of its neurons."""
+        """What is kept of a parameter: means of its gradients, and of the squared updates of each of its neurons.
+
+        The parts of one that has several are no wider than they are high.
+        """
         return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(max(p.shape), device=p.device)}
 
     def update(self, members):
         """One update of (parameter, group) pairs whose matrices have the same two sides, m <= n."""
         matrices, squares = [], []
         for p, group in members:
-            if "neuron_squares" not in self.state[p]:  # runs of before it have the other
+            if "neuron_squares" not in self.state[p]:  # in a run of before NorMuon, which has only the other
                 self.state[p] = self.empty_state(p) | self.state[p]
             mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(mean, group["momentum"]).bfloat16()
@@ -72,12 +75,12 @@ def orthogonal(X):
 
 
 def neuron_shares(X, squares, beta2=0.95):
-    """By what the columns of matrices X (N, m, n), updates of a neuron each, are to be multiplied: (N, 1, n).
+    """Factors (N, 1, n) for the columns of matrices X (N, m, n), which are the updates of a neuron each.
 
     squares are tensors of the running means of the columns' squares, N n values in all, which take up those of now.
     Only their ratios matter, so that they may begin at zero.
     """
-    now = X.norm(dim=1, keepdim=True, dtype=torch.float32).square()
+    now = torch.linalg.vector_norm(X, dim=1, keepdim=True, dtype=torch.float32).square()  # MPS has no other of a dtype
     for mean, values in zip(squares, now.flatten().split([len(x) for x in squares]), strict=True):
         mean.lerp_(values, 1 - beta2)
     shares = torch.cat(squares).view_as(now).clamp(min=1e-20).rsqrt()

@@ -152,6 +152,8 @@ class ShardWriter:
 
     def add(self, tokens, state=None):
         """Take the next tokens of the stream; state (plain JSON values) is where its source is behind them."""
+        if self.writing and self.writing.done():
+            self._finish()  # a disk that is full is told of at once
         self.meta["position"] = {"state": self.state, "tokens": self.taken}  # the start of these tokens
         if self.taken < self.written:
             self._compare(tokens)
@@ -163,9 +165,8 @@ class ShardWriter:
             part, new = new[: last - end], new[last - end :]
             self.buffer[end : end + len(part)] = part
             if end + len(part) == last:
-                first = not self.written
                 self._flush(self.buffer[self.start : last])  # from where it is written while the other half fills
-                self.start = 0 if first or self.start else len(self.buffer) - self.shard_size
+                self.start = 0 if last == len(self.buffer) else len(self.buffer) - self.shard_size
         if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
             os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
             self.alive_at = time.monotonic()
@@ -222,7 +223,8 @@ class ShardWriter:
                 write_whole(f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode()))
             self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
         self.written += len(tokens)
-        self.writing = self.pool.submit(self._write, tokens, self.meta.get("position"))
+        counts = self.pool.submit(self._count, tokens)  # meanwhile, as it takes as long
+        self.writing = self.pool.submit(self._write, tokens, counts, self.meta.get("position"))
 
     def _finish(self):
         """Wait until the shard that is on its way is on the disk; raises the OSError of a disk that is full."""
@@ -230,11 +232,10 @@ class ShardWriter:
             self.writing.result()
             self.writing = None
 
-    def _write(self, tokens, position):
+    def _write(self, tokens, counts, position):
         i = len(self.meta["shards"])
         split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
-        counts = self.pool.submit(self._count, tokens)  # meanwhile, as it takes as long
         write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
         self.meta["shards"].append({"file": name, "split": split, "tokens": len(tokens)} | counts.result())
         self._write_meta(position=position)

@@ -205,12 +205,15 @@ def test_a_column_whose_name_has_a_dot(tmp_path):
 # -- rows ---------------------------------------------------------------------------
 def test_tables_that_are_not_quite_tables(tmp_path):
     """A comma or a quotation mark that should have been quoted, columns of one name, a quotation without an end."""
-    rows = ["id,text", "1,a", "2,b, and more", '3,"c" he said', "4", '5,"d', 'e"', "6,f"]
+    rows = ["id,text", "1,a,", "2,b, and more", '3,"c" he said,"and', 'b,c,d"', "4", '5,"d', 'e"', "6,f"]
     (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
     texts, report = found(tmp_path / "a.csv")
     assert texts == ["a", "d\ne", "f"]
     assert report.startswith("of 6 rows were left out: 2 unreadable, 1 without text (")
-    assert "row 2: more fields than columns; " in report and "row 3: ',' expected after '\"')" in report
+    assert "row 2: more fields than columns; " in report and "row 3: ',' expected after '\"' in 2 lines" in report
+    (tmp_path / "b.csv").write_text("\ntext\na\n")
+    with pytest.raises(SystemExit, match=r"cannot read .*b\.csv: ValueError: its first line is empty"):
+        found(tmp_path / "b.csv")
     (tmp_path / "b.csv").write_text("text,text\na,b\n")
     with pytest.raises(SystemExit, match=r"cannot read .*b\.csv: ValueError: several columns are called 'text'"):
         found(tmp_path / "b.csv")
