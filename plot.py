@@ -269,8 +269,8 @@ def draw_run():
             if x == "tokens":
                 ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))  # 250k, 1M
             ax.locator_params(axis="x", nbins=5, integer=x == "step")
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend()
+        if names := ax.get_legend_handles_labels()[1]:
+            ax.legend(ncols=1 + (len(names) > 4))
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     save(fig, out or os.path.join(folders[0] if os.path.isdir(folders[0]) else os.path.dirname(folders[0]), "plot.png"))
