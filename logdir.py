@@ -291,8 +291,12 @@ class LogDir:
         aside = free_name(os.path.join(self.path, "old"))
         os.makedirs(aside)
         if step >= 0:  # the records up to it stay, and resume.pt at no moment names a model that is not there
-            for name in [x for x in old if not re.fullmatch(CHECKPOINTS, x)]:
-                shutil.copy2(os.path.join(self.path, name), aside)
+            try:
+                for name in [x for x in old if not re.fullmatch(CHECKPOINTS, x)]:
+                    shutil.copy2(os.path.join(self.path, name), aside)
+            except OSError:  # a full disk: all stays as it was
+                shutil.rmtree(aside)
+                raise
             link(os.path.join(self.path, f"resume_{step:05d}.pt"), os.path.join(self.path, "resume.pt"))
             old = [x for x in old if (match := re.fullmatch(CHECKPOINTS, x)) and int(match[2]) > step]
         for name in old:

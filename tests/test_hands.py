@@ -172,10 +172,15 @@ def test_a_plateau_that_cools_down_keeps_its_cooldown(run, shards, tmp_path):
 
 
 # -- checkpoints --------------------------------------------------------------------
-def test_going_back(run, shards, tmp_path):
+def test_going_back(run, shards, tmp_path, monkeypatch):
     """From an earlier checkpoint: the same run again; what was behind it is set aside, and can go on itself."""
     run("train_gpt2.py", *SMALL)
     shutil.copytree(tmp_path / "log", tmp_path / "first")
+    before = sorted(os.listdir(tmp_path / "log"))
+    with monkeypatch.context() as full, pytest.raises(SystemExit, match=r"log: cannot write there \(No space left"):
+        full.setattr("shutil.copy2", lambda *args: exec("raise OSError(28, 'No space left on device')"))
+        run("train_gpt2.py", "--resume_step=3")
+    assert sorted(os.listdir(tmp_path / "log")) == before
     out = run("train_gpt2.py", "--resume_step=3")
     assert "resuming log at step 3" in out and "log/ had gone on behind step 3: that is in log/old_1/" in out
     assert_same_run(tmp_path / "first", tmp_path / "log")
