@@ -31,6 +31,7 @@ ckpt = "latest"  # of --what=wpe: latest (in the folder), a .pt file, gpt2 ... g
 
 GPT2_LOSS = 3.2924
 HELLASWAG = ((0.2946, "GPT-2 124M"), (0.337, "GPT-3 124M"))
+lines_of = functools.partial(open, encoding="utf-8", errors="replace")
 LINE = r"^(\d+) (\w+) (-?(?:[\d.]+(?:e[-+]?\d+)?|inf|nan))\n"  # a record in log.txt
 COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 
@@ -72,11 +73,6 @@ def read_run(folder):
         run[kind] = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
         run[kind] |= {"step": np.array(steps), "rows": rows}
     return run, about
-
-
-def lines_of(path):
-    with open(path, encoding="utf-8", errors="replace") as f:
-        yield from f
 
 
 def spoken(line):

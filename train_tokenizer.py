@@ -58,13 +58,15 @@ def main():
         sys.exit(f"--pattern={pattern}: choose {' or '.join(PATTERNS)}")
     if not os.path.isdir(os.path.dirname(out) or "."):
         sys.exit(f"--out={out}: there is no folder {os.path.dirname(out)}")
+    if os.path.exists(out):
+        sys.exit(f"--out={out}: exists already; choose another, or delete it")
     held_out, size = [], 0
-    part = subset or ("sample-10BT" if data.startswith("fineweb") else None)
+    documents = Documents(data, subset or ("sample-10BT" if data.startswith("fineweb") else None), text_column)
 
     def training_texts():
         """Of every twenty documents nineteen; the twentieth is held out."""
         nonlocal size
-        for i, text in enumerate(Documents(data, part, text_column)):
+        for i, text in enumerate(documents):
             if i % 20 == 19:
                 held_out.append(text)
             else:
@@ -75,7 +77,7 @@ def main():
 
     enc = train(training_texts(), vocab_size, PATTERNS[pattern])
     if not size:
-        sys.exit(f"--data={data}: holds no text to train on")
+        sys.exit(f"--data={data}: holds no text to train on; {documents.report()}".removesuffix("; "))
     if enc.n_vocab < vocab_size:
         print(f"the text has pairs for {enc.n_vocab} tokens only, not {vocab_size}")
     try:
@@ -83,6 +85,8 @@ def main():
     except OSError as e:
         sys.exit(f"--out={out}: cannot be written ({e.strerror})")
     print(f"{out}: {enc.n_vocab} tokens, from {size:,} bytes of {data}")
+    if documents.report():
+        print(documents.report())
     if held_out:
         print(f"bytes per token on {len(held_out)} documents that were held out:")
         print(f"  {enc.name:24} {bytes_per_token(enc, held_out):.3f}")

@@ -236,10 +236,12 @@ def test_the_whole_chain(run, tmp_path):
 
 def test_max_bytes(run, tmp_path):
     texts = [json.dumps({"text": line}) for line in TEXT.splitlines(keepends=True)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    (tmp_path / "texts.jsonl").write_text("\n".join([*texts, "{"]))
     out = run("train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--max_bytes=5e3", "--pattern=gpt2")
     size = int(re.search(r"from ([\d,]+) bytes", out)[1].replace(",", ""))
-    assert 5000 <= size < 5200
+    assert 5000 <= size < 5200 and "left out" not in out
+    out = run("train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--out=all.json")
+    assert f"of {len(texts) + 1} rows were left out: 1 unreadable (texts.jsonl line {len(texts) + 1}: " in out
 
 
 def test_mistakes_in_training(run, tmp_path, monkeypatch):
@@ -249,6 +251,7 @@ def test_mistakes_in_training(run, tmp_path, monkeypatch):
         (["--pattern=gpt5"], r"--pattern=gpt5: choose gpt2 or gpt4"),
         (["--out=gone/t.json"], r"--out=gone/t\.json: there is no folder gone"),
         (["--data=gone"], r"gone: no data files here|no such file"),
+        (["--out=a.txt"], r"--out=a\.txt: exists already; choose another, or delete it"),
     ):
         with pytest.raises(SystemExit, match=message) as e:
             run("train_tokenizer.py", "--data=a.txt", *args)
