@@ -35,10 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def empty_state(p):
-        """What is kept of a parameter: means of its gradients, and of the squared updates of each of its neurons.
-
-        The parts of one that has several are no wider than they are high.
-        """
+        """Means of a parameter's gradients, and of its neurons' squared updates; its parts, if several, are not wide."""
         return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(max(p.shape), device=p.device)}
 
     def update(self, members):

@@ -24,6 +24,8 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
+NONE_YET = "no shard is whole yet: wait for fineweb.py, or start it again if it has ended"
+
 
 # -- files --------------------------------------------------------------------------
 def write_whole(path, write):
@@ -302,6 +304,8 @@ class Shards:
         self.identity = functools.cache(self._identity)
         if not has_shards(data_dir):
             where = shlex.quote(data_dir)
+            if os.path.exists(os.path.join(data_dir, ".lock")):
+                sys.exit(f"{data_dir}: {NONE_YET}")
             if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
                 hint = f"python fineweb.py --dataset={where} --out_dir=my_shards"
                 sys.exit(f"{data_dir}: holds no shards; make them with {hint}")
@@ -331,7 +335,7 @@ class Shards:
             if not meta["shards"]:
                 sys.exit(f"{self.data_dir}: shards are named *_train_000001.npy and *_val_000000.npy; none here is")
         if not meta["shards"]:
-            sys.exit(f"{self.data_dir}: no shard is whole yet: wait for fineweb.py")
+            sys.exit(f"{self.data_dir}: {NONE_YET}")
         self.complete = meta["complete"]
         self.train, self.val = [], []
         for shard in meta["shards"]:

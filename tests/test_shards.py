@@ -259,6 +259,13 @@ def test_plain_build_nanogpt_folder(tmp_path, gpt2):
     assert batch.tolist() == [list(range(50_157, 50_257))]
 
 
+def test_a_folder_whose_first_shards_are_on_their_way(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".fetching").mkdir()
+    with pytest.raises(SystemExit, match="no shard is whole yet: wait for fineweb"):
+        Shards(str(tmp_path))
+
+
 def break_meta(folder):
     (folder / "meta.json").write_text("{")
 
