@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def empty_state(p):
-        """Means of a parameter's gradients, and of its neurons' squared updates; its parts, if several, are not wide."""
+        """Means of a parameter's gradients, and of its neurons' squared updates; several parts are not wide."""
         return {"momentum_buffer": torch.zeros_like(p), "neuron_squares": torch.zeros(max(p.shape), device=p.device)}
 
     def update(self, members):
