@@ -116,7 +116,7 @@ def json_file(path, columns, place):
 
 
 def table(path, columns, place):
-    """.csv or .tsv"""
+    """.csv or .tsv. A row that breaks the rules of quoting, or has more fields than columns, is Unreadable."""
     (done,) = place or (0,)
     csv.field_size_limit(1 << 30)
     how = {"delimiter": "\t" if ".tsv" in path.lower() else ","}

@@ -107,7 +107,7 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
     """Tokenize documents into shards in out_dir; returns meta.json's dict. Exits if there are none.
 
     `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir holds the
-    beginning of these shards, goes on from there; texts is then a Documents.
+    beginning of these shards, goes on from there; texts is then a Documents or a Tokens.
     """
     writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens}, val_tokens)
     if writer.meta["complete"]:

@@ -92,15 +92,14 @@ class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
 
     The first shard is for validation, as in build-nanogpt's fineweb.py, or, if val_tokens says so, a smaller or larger
-    one. A corpus of less than two shards gives its last tenth to validation instead. Files are renamed into place when
-    whole.
+    one. Of less than two shards, the last tenth is. Files are renamed into place when whole.
 
     Two positions in the stream say where the writer is: the first `written` tokens are in shards, the last of which is
-    perhaps still on its way to the disk, and those from there up to `taken` in the buffer. Where out_dir holds the
-    beginning of the same set, that is continued: the stream is then to be taken up again at `taken`, where `state`, as
-    add() got it, says how, and that is before `written`; until it has come there, its tokens are compared with what the
-    shards end with. Exits if they differ, or what is there was made with other settings, which `about` holds for
-    meta.json.
+    perhaps still on its way to the disk, from one half of the buffer, and those from there up to `taken` fill the other
+    half; before the first shard, both. Where out_dir holds the beginning of the same set, that is continued: the stream
+    is then to be taken up again at `taken`, where `state`, as add() got it, says how, and that is before `written`;
+    until it has come there, its tokens are compared with what the shards end with. Exits if they differ, or what is
+    there was made with other settings, which `about` holds for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
@@ -210,6 +209,7 @@ class ShardWriter:
         return self.meta
 
     def _flush(self, tokens):
+        """Begin to write tokens as shards; the first of all are the validation split's, up to one shard."""
         if not self.written:
             self._write_shard(tokens[: -self.shard_size])
             tokens = tokens[-self.shard_size :]
