@@ -398,9 +398,8 @@ def race(part):
 
 
 def main():
-    for part in what.split(","):
-        if part not in PARTS:
-            sys.exit(f"--what={what}: choose among {','.join(PARTS)}")
+    if set(what.split(",")) - set(PARTS):
+        sys.exit(f"--what={what}: choose among {','.join(PARTS)}")
     if rounds < 1:
         sys.exit(f"--rounds={rounds}: must be at least 1")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cores()} CPU cores"

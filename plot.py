@@ -115,13 +115,9 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.titlesize": 12,
-            "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9,
-            "legend.edgecolor": "none",
-        }
-    )  # fmt: skip
+    style = {"font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9, "legend.edgecolor": "none"}
+    plt.rcParams.update(style)
     return plt
 
 

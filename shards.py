@@ -7,6 +7,7 @@ shard its file, split, tokens, documents (those that start in it) and UTF-8 byte
 build-nanogpt writes it, holds GPT-2 tokens.
 """
 
+import collections
 from concurrent.futures import ThreadPoolExecutor
 import functools
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
+DOCUMENT = 1 << 40  # of them and bytes, counted in one number
 NONE_YET = "no shard is whole yet: wait for fineweb.py, or start it again if it has ended"
 
 
@@ -95,36 +97,32 @@ class ShardWriter:
     one. Of less than two shards, the last tenth is. Files are renamed into place when whole.
 
     Two positions in the stream say where the writer is: the first `written` tokens are in shards, the last of which is
-    perhaps still on its way to the disk, from one half of the buffer, and those from there up to `taken` fill the other
-    half; before the first shard, both. Where out_dir holds the beginning of the same set, that is continued: the stream
-    is then to be taken up again at `taken`, where `state`, as add() got it, says how, and that is before `written`;
-    until it has come there, its tokens are compared with what the shards end with. Exits if they differ, or what is
-    there was made with other settings, which `about` holds for meta.json.
+    perhaps still on its way to the disk, and those from there up to `taken` are held, as add() got them. Where out_dir
+    holds the beginning of the same set, that is continued: the stream is then to be taken up again at `taken`, where
+    `state`, as add() got it, says how, and that is before `written`; until it has come there, its tokens are compared
+    with what the shards end with. Exits if they differ, or what is there was made with other settings, which `about`
+    holds for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
         self.out_dir, self.prefix, self.enc, self.shard_size = out_dir, prefix, enc, shard_size
-        self.val_tokens = val_tokens
+        self.val_tokens, self.first = val_tokens, val_tokens or shard_size  # tokens of the first shard
         about = about | ({"val_tokens": val_tokens} if val_tokens else {})
-        self.byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
-        first = (val_tokens or shard_size) + shard_size  # tokens that are taken before anything is written
-        try:
-            self.buffer = np.empty(max(first, 2 * shard_size), token_dtype(enc))
-        except MemoryError:
-            sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
+        self.worth = np.array(token_byte_lengths(enc), dtype=np.uint64)  # of each token: its bytes,
+        self.worth[enc.eot_token] += DOCUMENT  # and the start of a document
         self.tokenizer = tokenizer_state(enc)
         self.meta = {
             **about,
             "shard_size": shard_size,
             "tokenizer": self.tokenizer if isinstance(self.tokenizer, str) else "tokenizer.json",
             "vocab_size": enc.n_vocab,
-            "dtype": self.buffer.dtype.name,
+            "dtype": np.dtype(token_dtype(enc)).name,
             "complete": False,
             "shards": [],
         }
         self.written = self.taken = 0
-        self.start = len(self.buffer) - first  # where in the buffer the tokens behind `written` are
-        self.pool, self.writing = ThreadPoolExecutor(2), None  # the shard that is on its way
+        self.held = collections.deque()  # the tokens behind `written`, in arrays
+        self.pool, self.writing = ThreadPoolExecutor(3), None  # the shard that is on its way
         self.state = None  # where the stream's source stands at `taken`
         self.alive_at = 0.0  # when meta.json was last touched
         if has_shards(out_dir):
@@ -143,16 +141,15 @@ class ShardWriter:
             there = tokenizer_state(load_tokenizer(os.path.join(self.out_dir, "tokenizer.json")))
             if there != self.tokenizer:
                 sys.exit(f"{self.out_dir} holds shards made with another tokenizer.json: {other}")
-        first = self.val_tokens or self.shard_size
-        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < first):
+        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.first):
             return  # the first two belong together, and so do those of a small corpus: they are written again
-        self.meta, self.start = old, 0
+        self.meta = old
         self.written = self.taken = sum(shard["tokens"] for shard in old["shards"])
         if not old["complete"]:
             self.state, self.taken = old["position"]["state"], old["position"]["tokens"]
 
     def add(self, tokens, state=None):
-        """Take the next tokens of the stream; state (plain JSON values) is where its source is behind them."""
+        """Take the stream's next tokens, an array to keep; state (plain JSON) is where its source is behind them."""
         if self.writing and self.writing.done():
             self._finish()  # a disk that is full is told of at once
         self.meta["position"] = {"state": self.state, "tokens": self.taken}  # the start of these tokens
@@ -160,14 +157,10 @@ class ShardWriter:
             self._compare(tokens)
         new = tokens[max(0, self.written - self.taken) :]
         self.state, self.taken = state, self.taken + len(tokens)
-        while len(new):
-            end = self.start + self.taken - len(new) - self.written
-            last = self.start + self.shard_size if self.written else len(self.buffer)
-            part, new = new[: last - end], new[last - end :]
-            self.buffer[end : end + len(part)] = part
-            if end + len(part) == last:
-                self._flush(self.buffer[self.start : last])  # from where it is written while the other half fills
-                self.start = 0 if last == len(self.buffer) else len(self.buffer) - self.shard_size
+        if len(new):
+            self.held.append(new.astype(self.meta["dtype"], copy=False))
+        while self.taken - self.written >= self.shard_size + (0 if self.written else self.first):
+            self._write_shard(self._take(self.shard_size if self.written else self.first))
         if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
             os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
             self.alive_at = time.monotonic()
@@ -187,46 +180,60 @@ class ShardWriter:
         held = self.taken - self.written
         if held < 0:
             sys.exit(f"{self.out_dir} holds the beginning of a longer text than this: choose another --out_dir")
-        rest = self.buffer[self.start : self.start + held]
         if not self.written:
             if not held:
                 sys.exit("the dataset is empty: it has no document with text")
             if self.val_tokens >= held:
                 sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {held} tokens")
             # The last tenth, from the start of a document if one is near, is for validation.
-            cut = held * 9 // 10
-            starts = np.flatnonzero(rest == self.enc.eot_token)
+            all_of_it, cut = np.concatenate(self.held), held * 9 // 10
+            starts = np.flatnonzero(all_of_it == self.enc.eot_token)
             nearest = starts[np.abs(starts - cut).argmin()] if len(starts) else cut
             if abs(nearest - cut) <= (held - cut) // 2:
                 cut = int(nearest)
-            val, rest = (rest[cut:], rest[:cut]) if not self.val_tokens else np.split(rest, [self.val_tokens])
-            self._write_shard(val)
-        self._flush(rest)
+            parts = np.split(all_of_it, [self.val_tokens or cut])
+            val, train = parts if self.val_tokens else reversed(parts)
+            self.held = collections.deque([train])
+            self._write_shard([val])
+        while self.taken > self.written:
+            self._write_shard(self._take(min(self.shard_size, self.taken - self.written)))
         self._finish()
         self.meta["complete"] = True
         self.meta.pop("position", None)
         self._write_meta()
         return self.meta
 
-    def _flush(self, tokens):
-        """Begin to write tokens as shards; the first of all are the validation split's, up to one shard."""
-        if not self.written:
-            self._write_shard(tokens[: -self.shard_size])
-            tokens = tokens[-self.shard_size :]
-        for start in range(0, len(tokens), self.shard_size):
-            self._write_shard(tokens[start : start + self.shard_size])
+    def _take(self, count):
+        """The first `count` of the held tokens, as a list of arrays; they are held no longer."""
+        taken = []
+        while count:
+            part = self.held.popleft()
+            if count < len(part):
+                self.held.appendleft(part[count:])
+            taken.append(part[:count])
+            count -= len(taken[-1])
+        return taken
 
-    def _write_shard(self, tokens):
-        """Begin to write a shard, as soon as the one before it is on the disk."""
+    def _write_shard(self, parts):
+        """Begin to write the arrays as a shard, and to count what is in them, when the one before is on the disk."""
         self._finish()
         if not self.written:
             os.makedirs(self.out_dir, exist_ok=True)
             if not isinstance(self.tokenizer, str):
                 write_whole(f"{self.out_dir}/tokenizer.json", lambda f: f.write(json.dumps(self.tokenizer).encode()))
             self._write_meta()  # first: a folder without meta.json passes for one of build-nanogpt's
-        self.written += len(tokens)
-        counts = self.pool.submit(self._count, tokens)  # meanwhile, as it takes as long
-        self.writing = self.pool.submit(self._write, tokens, counts, self.meta.get("position"))
+        size, i = sum(map(len, parts)), len(self.meta["shards"])
+        self.written, split = self.written + size, "train" if i else "val"
+        shard = {"file": f"{self.prefix}_{split}_{i:06d}.npy", "split": split, "tokens": size}
+        header = {"descr": np.dtype(self.meta["dtype"]).str, "fortran_order": False, "shape": (size,)}
+
+        def write(f):
+            np.lib.format.write_array_header_1_0(f, header)
+            f.writelines(parts)
+
+        file = self.pool.submit(write_whole, os.path.join(self.out_dir, shard["file"]), write)
+        counts = [self.pool.submit(self._count, part) for part in parts]
+        self.writing = self.pool.submit(self._enter, shard, file, counts, self.meta.get("position"))
 
     def _finish(self):
         """Wait until the shard that is on its way is on the disk; raises the OSError of a disk that is full."""
@@ -234,19 +241,17 @@ class ShardWriter:
             self.writing.result()
             self.writing = None
 
-    def _write(self, tokens, counts, position):
-        i = len(self.meta["shards"])
-        split = "train" if i else "val"
-        name = f"{self.prefix}_{split}_{i:06d}.npy"
-        write_whole(os.path.join(self.out_dir, name), lambda f: np.save(f, tokens))
-        self.meta["shards"].append({"file": name, "split": split, "tokens": len(tokens)} | counts.result())
+    def _enter(self, shard, file, counts, position):
+        """Enter a shard into meta.json, as soon as its file is whole."""
+        file.result()
+        documents, size = map(sum, zip(*[count.result() for count in counts], strict=True))
+        self.meta["shards"].append(shard | {"documents": documents, "bytes": size})
         self._write_meta(position=position)
 
     def _count(self, tokens):
-        parts = [tokens[at : at + (1 << 16)] for at in range(0, len(tokens), 1 << 16)]  # fit a cache
-        documents = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
-        lengths = (self.byte_lengths.take(part, mode="clip") for part in parts)  # no check: all are in the vocabulary
-        return {"documents": documents, "bytes": sum(int(length.sum(dtype=np.uint32)) for length in lengths)}
+        """(documents that start, UTF-8 bytes) in an array."""
+        parts = np.split(tokens, range(1 << 16, len(tokens), 1 << 16))  # that fit a cache
+        return divmod(sum(int(self.worth.take(part, mode="clip").sum()) for part in parts), DOCUMENT)
 
     def _write_meta(self, **now):
         path = os.path.join(self.out_dir, "meta.json")

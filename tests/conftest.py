@@ -14,6 +14,7 @@ import tempfile
 import time
 
 from model import GPTConfig
+from shards import write_whole
 from train_gpt2 import MODERN
 
 import pytest
@@ -204,3 +205,19 @@ def read_log(folder, kind):
 
 def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """dies_at(n): writing shard n fails, once."""
+
+    def patch(n):
+        def patched(path, *args):
+            if path.endswith(f"_{n:06d}.npy"):
+                monkeypatch.setattr("shards.write_whole", write_whole)
+                raise ZeroDivisionError
+            write_whole(path, *args)
+
+        monkeypatch.setattr("shards.write_whole", patched)
+
+    return patch

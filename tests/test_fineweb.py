@@ -11,7 +11,6 @@ import documents
 from documents import Documents, read_text
 import fineweb
 from fineweb import tokenize, write_shards
-from shards import ShardWriter
 from tokenizer import EOT, load_tokenizer
 
 import numpy as np
@@ -133,23 +132,6 @@ def corpus(tmp_path):
         texts = [f"{i} {k} {TEXT[:1024]}" for k in range(400)]
         (tmp_path / "texts" / f"{i}.jsonl").write_text(jsonl(texts))
     return ["--dataset=texts", "--tokenizer=bytes", "--shard_size=5e4"]
-
-
-@pytest.fixture
-def dies_at(monkeypatch):
-    """dies_at(n): writing shard n fails, once."""
-    write = ShardWriter._write
-
-    def patch(n):
-        def patched(self, *args):
-            if len(self.meta["shards"]) == n:
-                monkeypatch.setattr(ShardWriter, "_write", write)
-                raise ZeroDivisionError
-            write(self, *args)
-
-        monkeypatch.setattr(ShardWriter, "_write", patched)
-
-    return patch
 
 
 def own_tokenizer(token):
