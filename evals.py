@@ -140,7 +140,7 @@ def time_left(step, last, every, seconds):
 
 
 def write_sample(model, enc, prompt, max_new_tokens, seed, autocast, run, log):
-    if is_rank_0():
+    if is_rank_0() and (run.step > 0 or run.settings["init_from"]):  # of fresh weights it would be noise
         how = {"top_k": 50, "generator": torch.Generator(model.lm_head.weight.device).manual_seed(seed)}
         with autocast, any_shape():
             pieces = stream_text(model, enc, prompt, max_new_tokens, **how)

@@ -281,8 +281,7 @@ def evaluations(model, validation, order, autocast, ranks):
     ):
         items = every and evals.load_eval_items(name, partial(script.load_items, limit=limit))
         if items:
-            task = partial(evals.score, script, kind, items, model, enc, autocast, ranks, with_items)
-            tasks[kind] = every, task
+            tasks[kind] = every, partial(evals.score, script, kind, items, model, enc, autocast, ranks, with_items)
     sample = partial(evals.write_sample, model, enc, sample_prompt, sample_tokens, seed, autocast)
     tasks["sample"] = sample_every, sample
     tasks["exposure"] = exposure_every, partial(evals.write_exposure, order)
