@@ -359,10 +359,9 @@ def turn():
     repeat()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if device.startswith("cuda"):
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    seconds, unit = time.perf_counter() - start, 1 if sys.platform == "darwin" else 1024
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def enter(part, name):

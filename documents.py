@@ -309,8 +309,8 @@ class Documents:
     line if the source cannot be had, has no such column, or more than three rows and one in a hundred cannot be read;
     one that reads from the hub and is cut off tries again, five times with growing pauses.
 
-    state_dict() is where the iteration stands, as plain JSON values; the next one starts from there after
-    load_state_dict(). Without a shuffle buffer, what lies behind is not read again.
+    `state`, plain JSON values, is where an iteration stands, and where the next one starts: it can be set. Without a
+    shuffle buffer, what lies behind is not read again.
     """
 
     def __init__(self, dataset, subset=None, text_column="text", streaming=True, shuffle_buffer=0, seed=0, **hub):
@@ -323,12 +323,6 @@ class Documents:
             names = ", ".join([*HUB, "tinyshakespeare"])
             sys.exit(f"{dataset}: no such file or folder; known names: {names}, or owner/name of the hub")
         self.state, self.left_out, self.named = None, collections.Counter(), []
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
 
     def report(self):
         """What has been left out, in words; empty if nothing."""

@@ -67,7 +67,7 @@ def encode_documents(texts, enc, dtype):
 def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     """Yield (tokens, state) of batches of about batch_chars characters of documents, in order.
 
-    tokens is an array of their token ids, state what texts.state_dict() was behind the last of them, or None. Threads
+    tokens is an array of their token ids, state what texts.state was behind the last of them, or None. Threads
     are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four
     batches a core are under way, so memory does not grow with the corpus.
     """
@@ -79,7 +79,6 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             own.enc = copy_encoding(enc)
         return encode_documents(batch, own.enc, dtype)
 
-    state_dict = getattr(texts, "state_dict", lambda: None)
     with ThreadPoolExecutor(cores()) as pool:
         under_way = collections.deque()  # (future, state)
 
@@ -92,12 +91,12 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
-                under_way.append((pool.submit(work, batch), state_dict()))
+                under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
                 batch, chars = [], 0
             if len(under_way) > 4 * cores():
                 yield finish()
         if batch:
-            under_way.append((pool.submit(work, batch), state_dict()))
+            under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
         while under_way:
             yield finish()
 
@@ -114,7 +113,7 @@ def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens
         print(f"{out_dir} is complete already: nothing to do")
         return writer.meta
     if writer.state:
-        texts.load_state_dict(writer.state)
+        texts.state = writer.state
         print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
     bar = tqdm(total=max_tokens or None, initial=writer.taken, unit="tok", unit_scale=True, desc=out_dir)
     made = texts.batches(enc) if isinstance(texts, Tokens) else tokenize(texts, enc, token_dtype(enc))
@@ -203,7 +202,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as e:
-        reason = e.strerror or f"is the disk full? {e}"
-        sys.exit(f"{e.filename or out_dir}: {reason}; mended, the same command goes on")
+        sys.exit(f"{e.filename or out_dir}: {e.strerror or e}; mended, the same command goes on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on behind the whole shards in {out_dir}")

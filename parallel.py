@@ -284,10 +284,11 @@ def all_agree(yes):
 
 def from_rank_0(number):
     """The whole number that rank 0 has. All ranks call it."""
-    box = [number]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
-    return box[0]
+    if not dist.is_initialized():
+        return number
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(number, 0)
+    return number.item()
 
 
 def all_finite(tensors):

@@ -25,7 +25,6 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-DOCUMENT = 1 << 40  # of them and bytes, counted in one number
 NONE_YET = "no shard is whole yet: wait for fineweb.py, or start it again if it has ended"
 
 
@@ -94,22 +93,25 @@ class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() ends the set.
 
     The first shard is for validation, as in build-nanogpt's fineweb.py, or, if val_tokens says so, a smaller or larger
-    one. Of less than two shards, the last tenth is. Files are renamed into place when whole.
+    one; without val_tokens, of less than two shards the last tenth is. Files are renamed into place when whole.
 
     Two positions in the stream say where the writer is: the first `written` tokens are in shards, the last of which is
-    perhaps still on its way to the disk, and those from there up to `taken` are held, as add() got them. Where out_dir
-    holds the beginning of the same set, that is continued: the stream is then to be taken up again at `taken`, where
-    `state`, as add() got it, says how, and that is before `written`; until it has come there, its tokens are compared
-    with what the shards end with. Exits if they differ, or what is there was made with other settings, which `about`
-    holds for meta.json.
+    perhaps still on its way to the disk, and those from there up to `taken` are held, in arrays. Where out_dir holds
+    the beginning of the same set, that is continued: the stream is then to be taken up again at `taken`, where `state`,
+    as add() got it, says how. `taken` is then less than `written`; up to there the tokens are compared with what the
+    shards end with. Exits if they differ, or what is there was made with other settings, which `about` holds
+    for meta.json.
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
         self.out_dir, self.prefix, self.enc, self.shard_size = out_dir, prefix, enc, shard_size
-        self.val_tokens, self.first = val_tokens, val_tokens or shard_size  # tokens of the first shard
+        self.val_tokens, self.first_size = val_tokens, val_tokens or shard_size
         about = about | ({"val_tokens": val_tokens} if val_tokens else {})
-        self.worth = np.array(token_byte_lengths(enc), dtype=np.uint64)  # of each token: its bytes,
-        self.worth[enc.eot_token] += DOCUMENT  # and the start of a document
+        self.byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
+        try:
+            np.empty(self.first_size + shard_size, token_dtype(enc))
+        except MemoryError:
+            sys.exit(f"--shard_size={shard_size}: two such shards do not fit in memory")
         self.tokenizer = tokenizer_state(enc)
         self.meta = {
             **about,
@@ -122,7 +124,8 @@ class ShardWriter:
         }
         self.written = self.taken = 0
         self.held = collections.deque()  # the tokens behind `written`, in arrays
-        self.pool, self.writing = ThreadPoolExecutor(3), None  # the shard that is on its way
+        self.writing = None  # the shard that is on its way: one thread writes it, two count
+        self.pool = ThreadPoolExecutor(3)
         self.state = None  # where the stream's source stands at `taken`
         self.alive_at = 0.0  # when meta.json was last touched
         if has_shards(out_dir):
@@ -141,7 +144,7 @@ class ShardWriter:
             there = tokenizer_state(load_tokenizer(os.path.join(self.out_dir, "tokenizer.json")))
             if there != self.tokenizer:
                 sys.exit(f"{self.out_dir} holds shards made with another tokenizer.json: {other}")
-        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.first):
+        if not old["complete"] and (len(old["shards"]) < 2 or old["shards"][0]["tokens"] < self.first_size):
             return  # the first two belong together, and so do those of a small corpus: they are written again
         self.meta = old
         self.written = self.taken = sum(shard["tokens"] for shard in old["shards"])
@@ -149,7 +152,10 @@ class ShardWriter:
             self.state, self.taken = old["position"]["state"], old["position"]["tokens"]
 
     def add(self, tokens, state=None):
-        """Take the stream's next tokens, an array to keep; state (plain JSON) is where its source is behind them."""
+        """Take the stream's next tokens; state (plain JSON values) is where its source is behind them.
+
+        The array is kept, and not copied where its type is the shards': leave it as it is.
+        """
         if self.writing and self.writing.done():
             self._finish()  # a disk that is full is told of at once
         self.meta["position"] = {"state": self.state, "tokens": self.taken}  # the start of these tokens
@@ -158,9 +164,9 @@ class ShardWriter:
         new = tokens[max(0, self.written - self.taken) :]
         self.state, self.taken = state, self.taken + len(tokens)
         if len(new):
-            self.held.append(new.astype(self.meta["dtype"], copy=False))
-        while self.taken - self.written >= self.shard_size + (0 if self.written else self.first):
-            self._write_shard(self._take(self.shard_size if self.written else self.first))
+            self.held.append(np.ascontiguousarray(new, self.meta["dtype"]))
+        while self.taken - self.written >= self.shard_size + (0 if self.written else self.first_size):
+            self._write_shard(self._take(self.shard_size if self.written else self.first_size))
         if self.meta["shards"] and time.monotonic() - self.alive_at > 10:
             os.utime(os.path.join(self.out_dir, "meta.json"))  # a sign of life for a trainer that waits
             self.alive_at = time.monotonic()
@@ -177,24 +183,24 @@ class ShardWriter:
 
     def close(self):
         """Write what is left; returns the dict of meta.json. Exits if there never was a token."""
-        held = self.taken - self.written
-        if held < 0:
+        rest = self.taken - self.written
+        if rest < 0:
             sys.exit(f"{self.out_dir} holds the beginning of a longer text than this: choose another --out_dir")
         if not self.written:
-            if not held:
+            if not rest:
                 sys.exit("the dataset is empty: it has no document with text")
-            if self.val_tokens >= held:
-                sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {held} tokens")
+            if self.val_tokens >= rest:
+                sys.exit(f"--val_tokens={self.val_tokens}: all that there is are {rest} tokens")
             # The last tenth, from the start of a document if one is near, is for validation.
-            all_of_it, cut = np.concatenate(self.held), held * 9 // 10
-            starts = np.flatnonzero(all_of_it == self.enc.eot_token)
+            cut, places = rest * 9 // 10, np.cumsum([0, *map(len, self.held)])
+            starts = [np.flatnonzero(part == self.enc.eot_token) for part in self.held]
+            starts = np.concatenate([place + x for place, x in zip(places, starts, strict=False)])
             nearest = starts[np.abs(starts - cut).argmin()] if len(starts) else cut
-            if abs(nearest - cut) <= (held - cut) // 2:
+            if abs(nearest - cut) <= (rest - cut) // 2:
                 cut = int(nearest)
-            parts = np.split(all_of_it, [self.val_tokens or cut])
-            val, train = parts if self.val_tokens else reversed(parts)
-            self.held = collections.deque([train])
-            self._write_shard([val])
+            train = [] if self.val_tokens else self._take(cut)
+            self._write_shard(self._take(self.val_tokens or rest - cut))
+            self.held.extend(train)
         while self.taken > self.written:
             self._write_shard(self._take(min(self.shard_size, self.taken - self.written)))
         self._finish()
@@ -205,14 +211,14 @@ class ShardWriter:
 
     def _take(self, count):
         """The first `count` of the held tokens, as a list of arrays; they are held no longer."""
-        taken = []
+        parts = []
         while count:
             part = self.held.popleft()
             if count < len(part):
                 self.held.appendleft(part[count:])
-            taken.append(part[:count])
-            count -= len(taken[-1])
-        return taken
+            parts.append(part[:count])
+            count -= len(parts[-1])
+        return parts
 
     def _write_shard(self, parts):
         """Begin to write the arrays as a shard, and to count what is in them, when the one before is on the disk."""
@@ -232,7 +238,7 @@ class ShardWriter:
             f.writelines(parts)
 
         file = self.pool.submit(write_whole, os.path.join(self.out_dir, shard["file"]), write)
-        counts = [self.pool.submit(self._count, part) for part in parts]
+        counts = self.pool.map(self._count, parts)
         self.writing = self.pool.submit(self._enter, shard, file, counts, self.meta.get("position"))
 
     def _finish(self):
@@ -244,14 +250,16 @@ class ShardWriter:
     def _enter(self, shard, file, counts, position):
         """Enter a shard into meta.json, as soon as its file is whole."""
         file.result()
-        documents, size = map(sum, zip(*[count.result() for count in counts], strict=True))
-        self.meta["shards"].append(shard | {"documents": documents, "bytes": size})
+        documents, text_bytes = map(sum, zip(*counts, strict=True))
+        self.meta["shards"].append(shard | {"documents": documents, "bytes": text_bytes})
         self._write_meta(position=position)
 
     def _count(self, tokens):
         """(documents that start, UTF-8 bytes) in an array."""
         parts = np.split(tokens, range(1 << 16, len(tokens), 1 << 16))  # that fit a cache
-        return divmod(sum(int(self.worth.take(part, mode="clip").sum()) for part in parts), DOCUMENT)
+        documents = sum(int(np.count_nonzero(part == self.enc.eot_token)) for part in parts)
+        lengths = (self.byte_lengths.take(part, mode="clip") for part in parts)  # no check: all are in the vocabulary
+        return documents, sum(int(length.sum(dtype=np.uint32)) for length in lengths)
 
     def _write_meta(self, **now):
         path = os.path.join(self.out_dir, "meta.json")

@@ -52,8 +52,8 @@ def open_bin(path):
 class Tokens:
     """The tokens of a dataset, its .bin files one after the other; a batch of them at a time.
 
-    state_dict() and load_state_dict() as Documents has them. folder is where files of the hub are until their tokens
-    are in shards; max_tokens says how many of them are fetched, 0 all.
+    `state` is as in Documents. folder is where files of the hub are until their tokens are in shards; max_tokens says
+    how many of them are fetched, 0 all.
     """
 
     def __init__(self, dataset, folder, max_tokens=0):
@@ -65,12 +65,6 @@ class Tokens:
         else:
             inside = splits_first(os.listdir(dataset)) if os.path.isdir(dataset) else []
             self.files = dict.fromkeys([os.path.join(dataset, name) for name in inside] or [dataset], 0)
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
 
     def val_tokens(self):
         """The number of tokens in the local files of the validation split; 0 if there is none."""
@@ -113,7 +107,7 @@ class Tokens:
         return path
 
     def batches(self, enc, size=1 << 22):
-        """Yield (tokens, state) from state_dict() on: arrays of up to `size` uint16, and where they end."""
+        """Yield (tokens, state) from `state` on: arrays of up to `size` uint16, and where they end."""
         first, start = (self.state or {"file": 0, "token": 0}).values()
         names = list(self.files)
         bar = tqdm(total=sum(self.files.values()), unit="B", unit_scale=True, desc="fetching", disable=not self.remote)
@@ -131,6 +125,8 @@ class Tokens:
                         why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
                         sys.exit(f"cannot fetch {self.dataset}: {why}; the same command goes on")
                     tokens = open_bin(path)
+                    if len(tokens) < size:
+                        tokens = np.array(tokens)  # which are kept: many small files would be too many open ones
                     for at in range(start, len(tokens), size):
                         part = tokens[at : at + size]
                         if part.max() >= enc.n_vocab:
@@ -140,7 +136,7 @@ class Tokens:
                         yield part, self.state
                     start = 0
                     if self.remote:
-                        os.remove(path)
+                        os.remove(path)  # its space is free when its tokens are in shards
             finally:
                 stopped.set()
                 pool.shutdown(cancel_futures=True)

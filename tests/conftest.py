@@ -209,14 +209,16 @@ def read_jsonl(path):
 
 @pytest.fixture
 def dies_at(monkeypatch):
-    """dies_at(n): writing shard n fails, once."""
+    """dies_at(n, after=False): writing shard n fails, once, before or after its file is whole."""
 
-    def patch(n):
+    def patch(n, after=False):
         def patched(path, *args):
-            if path.endswith(f"_{n:06d}.npy"):
+            if dies := path.endswith(f"_{n:06d}.npy"):
                 monkeypatch.setattr("shards.write_whole", write_whole)
+            if after or not dies:
+                write_whole(path, *args)
+            if dies:
                 raise ZeroDivisionError
-            write_whole(path, *args)
 
         monkeypatch.setattr("shards.write_whole", patched)
 

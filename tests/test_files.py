@@ -106,11 +106,11 @@ def test_every_ending(tmp_path, kind, ending):
     seen, states = [], []
     for text in texts_of:
         seen.append(text)
-        states.append(json.loads(json.dumps(texts_of.state_dict())))
+        states.append(json.loads(json.dumps(texts_of.state)))
     assert seen == texts
     for i in (0, 17, len(texts) - 1):
         rest = Documents(str(path))
-        rest.load_state_dict(states[i])
+        rest.state = states[i]
         assert list(rest) == texts[i + 1 :]
 
 
@@ -133,11 +133,11 @@ def test_files_that_come_and_go(run, tmp_path):
         (tmp_path / "d" / f"{name}.jsonl").write_text(jsonl([f"{name}{i}" for i in range(20)]))
     texts = Documents(str(tmp_path / "d"))
     seen = [text for _, text in zip(range(45), texts)]
-    state = texts.state_dict()
+    state = texts.state
     (tmp_path / "d" / "a.jsonl").unlink()
     (tmp_path / "d" / "b.txt").write_text("new")
     rest = Documents(str(tmp_path / "d"))
-    rest.load_state_dict(state)
+    rest.state = state
     assert [*seen, *rest] == [f"{name}{i}" for name in "amz" for i in range(20)]
 
 
@@ -149,9 +149,9 @@ def test_a_shuffle_buffer_goes_on_anywhere(tmp_path, stop):
     seen, state = [], None
     for limit in (stop, 1, 100):
         texts = Documents(str(tmp_path / "a.jsonl"), shuffle_buffer=5, seed=1)
-        texts.load_state_dict(state)
+        texts.state = state
         seen += [text for _, text in zip(range(limit), texts)]
-        state = texts.state_dict()
+        state = texts.state
     assert seen == whole_run
 
 
@@ -316,13 +316,13 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch, blanks, gpt2):
     seen, states, texts = [], [], Documents(str(path))
     for piece in texts:
         seen.append(piece)
-        states.append(json.loads(json.dumps(texts.state_dict())))
+        states.append(json.loads(json.dumps(texts.state)))
     assert list(whole(seen)) == [text.strip("\n"), "short", text.strip("\n")] and max(map(len, seen)) < 10_100 < len(
         text
     )
     for i, state in enumerate(states):
         rest = Documents(str(path))
-        rest.load_state_dict(state)
+        rest.state = state
         assert [(x, type(x)) for x in rest] == [(x, type(x)) for x in seen[i + 1 :]]
     for enc in (BYTES, gpt2):
         write_shards(Documents(str(path)), enc, str(tmp_path / enc.name), "x", dataset="x", subset=None, seed=0)

@@ -178,7 +178,7 @@ def test_finished_files_are_not_read_again(tmp_path, monkeypatch, corpus):
         texts.append(text)
         if i in (0, 5, 1999, 3199):
             again = Documents(str(tmp_path / "texts"))
-            again.load_state_dict(json.loads(json.dumps(documents.state_dict())))
+            again.state = json.loads(json.dumps(documents.state))
             if i == 1999:
                 (tmp_path / "texts" / "0.jsonl").write_text(jsonl(["not read"] * 400))
             rest = list(again)

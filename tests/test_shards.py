@@ -1,5 +1,6 @@
 """The shard format and the order of the data, against brute force."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -64,8 +65,11 @@ def test_a_shard_is_written_while_the_next_one_fills(tmp_path, monkeypatch, val_
     monkeypatch.setattr(shards, "write_whole", lambda *args: (time.sleep(0.005), whole(*args)))
     stream = np.random.default_rng(0).integers(0, 257, 1440).astype(np.uint16)
     writer = ShardWriter(str(tmp_path), "x", ENC, 100, {"dataset": "x"}, val_tokens)
+    overlaps = 0
     for start in range(0, len(stream), 13):
         writer.add(stream[start : start + 13])
+        overlaps += writer.writing is not None and not writer.writing.done()
+    assert overlaps > 10
     writer.close()
     val, train = read(tmp_path, "val"), read(tmp_path, "train")
     assert [len(x) for x in val] == [val_tokens or 100] and len(train) > 10
@@ -212,13 +216,13 @@ def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, d
     """Between one and two shards, validation is the end of the text and is written first."""
     stream = [256, *range(189)]
     write(tmp_path / "whole", [stream], 100)
-    for n in (0, 1, 2):
-        dies_at(n)
+    for n, after in itertools.product((0, 1, 2), (False, True)):
+        dies_at(n, after)
         with pytest.raises(ZeroDivisionError):
-            write(tmp_path / f"died{n}", [stream], 100)
-        write(tmp_path / f"died{n}", [stream], 100)
+            write(tmp_path / f"died{n}{after}", [stream], 100)
+        write(tmp_path / f"died{n}{after}", [stream], 100)
         for path in (tmp_path / "whole").iterdir():
-            assert path.read_bytes() == (tmp_path / f"died{n}" / path.name).read_bytes()
+            assert path.read_bytes() == (tmp_path / f"died{n}{after}" / path.name).read_bytes()
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):

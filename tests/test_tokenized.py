@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
@@ -237,6 +238,21 @@ def test_local_folders(run, tmp_path, gpt2):
     run("fineweb.py", "--dataset=nano/val.bin", "--out_dir=val")  # for --val_dir
     run("fineweb.py", "--dataset=nano/train.bin", "--out_dir=one", "--shard_size=7000")
     assert np.array_equal(all_tokens(tmp_path / "one")[0], np.concatenate([b, c]))
+
+
+def test_more_files_than_may_be_open(run, tmp_path, gpt2):
+    parts = [made_up(i, 100) for i in range(300)]
+    for i, part in enumerate(parts):
+        (tmp_path / f"train_{i:06d}.bin").write_bytes(llmc(part))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        run("fineweb.py", f"--dataset={tmp_path}", "--out_dir=out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    val, train = (np.load(tmp_path / "out" / shard["file"]) for shard in meta["shards"])  # the last tenth, the rest
+    assert np.array_equal(np.concatenate([train, val]), np.concatenate(parts))
 
 
 @pytest.mark.parametrize(
