@@ -748,14 +748,11 @@ def test_a_fresh_start_loses_nothing(run, shards, tmp_path):
 def test_init_from(run, shards, tmp_path):
     run("train_gpt2.py", *SMALL)
     last = read_log(tmp_path / "log", "val")[8]
-    run(
-        "train_gpt2.py",
-        *SMALL,
-        "--init_from=log/model_00008.pt",
-        "--log_dir=tuned",
-        "--max_lr=1e-3",
-    )
+    tuning = ["--init_from=log/model_00008.pt", "--log_dir=tuned", "--max_lr=1e-3", "--sample_every=8"]
+    run("train_gpt2.py", *SMALL, *tuning)
     assert read_log(tmp_path / "tuned", "val")[0] == last
+    records = read_jsonl(tmp_path / "tuned" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "sample"] == [0, 8]
     assert load_checkpoint(str(tmp_path / "tuned" / "model_00008.pt"))["config"]["n_layer"] == 2
     with pytest.raises(SystemExit, match=r"--T=64 is more than log/model_00008\.pt's context: use --T=32"):
         run("train_gpt2.py", *SMALL, "--init_from=log/model_00008.pt", "--log_dir=tuned", "--T=64")
