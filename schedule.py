@@ -45,15 +45,18 @@ def stalled(losses, patience):
     return bool(before) and min(recent) > min(before) - 0.002
 
 
-def keep_shares(s, max_steps):
+def keep_shares(s, max_steps, given):
     """The warmup and cooldown of settings that were made for another max_steps: as large a share of this one.
 
-    And with Muon the weight decay by which a weight forgets its past in as large a share of the run, 1 / (max_lr
-    weight_decay) steps, as nanochat has it (https://arxiv.org/abs/2405.13698); but no more than 0.2, beyond which it
-    made short runs worse (4M parameters, 1M tokens).
+    The cooldown makes room for a warmup that is given. With Muon also the weight decay by which a weight forgets its
+    past in as large a share of the run, 1 / (max_lr weight_decay) steps, as nanochat has it
+    (https://arxiv.org/abs/2405.13698); but no more than 0.2, beyond which it made short runs worse (4M parameters, 1M
+    tokens).
     """
     warmup, cooldown = s["warmup_steps"] * max_steps, s["cooldown_steps"] * max_steps
     shares = {"warmup_steps": -(-warmup // s["max_steps"]), "cooldown_steps": cooldown // s["max_steps"]}
+    room = max(0, max_steps - given.get("warmup_steps", shares["warmup_steps"]))
+    shares["cooldown_steps"] = min(shares["cooldown_steps"], room)
     if s["optimizer"] == "muon" and max_steps:
         decay = s["weight_decay"] * s["max_steps"] / max_steps
         shares["weight_decay"] = float(f"{min(decay, max(0.2, s['weight_decay'])):.3g}")

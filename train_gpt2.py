@@ -151,7 +151,7 @@ def default_settings(given):
         if (saved.get("last_step") or 0) > saved["step"]:  # a plateau whose cooldown has begun
             return settings
         base = settings if settings["max_steps"] else file_settings(settings["preset"])  # no steps have no shares
-        share = keep_shares(base, given.get("max_steps", settings["max_steps"]))
+        share = keep_shares(base, given.get("max_steps", settings["max_steps"]), given)
         return settings | (share if base is not settings else {"cooldown_steps": share["cooldown_steps"]})
     found = has_shards(given.get("data_dir", data_dir))
     if name == "auto":
@@ -162,7 +162,7 @@ def default_settings(given):
         given = {"data_dir": run["settings"]["data_dir"]} | given  # what it has been trained on
         settings["data_dir"] = given["data_dir"]
     defaults = file_settings(name) | {key: given[key] for key in ("optimizer",) if key in given}
-    settings |= keep_shares(defaults, given.get("max_steps", defaults["max_steps"]))
+    settings |= keep_shares(defaults, given.get("max_steps", defaults["max_steps"]), given)
     if name == "tiny" and not found and "data_dir" not in given:
         settings["data_dir"] = DEMO_DIR
     return settings
