@@ -67,9 +67,9 @@ def encode_documents(texts, enc, dtype):
 def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     """Yield (tokens, state) of batches of about batch_chars characters of documents, in order.
 
-    tokens is an array of their token ids, state what texts.state was behind the last of them, or None. Threads
-    are enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four
-    batches a core are under way, so memory does not grow with the corpus.
+    tokens is an array of their token ids, state what texts.state was behind the last of them, or None. Threads are
+    enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four batches
+    a core are under way, so memory does not grow with the corpus.
     """
     own = threading.local()
 

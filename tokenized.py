@@ -126,7 +126,7 @@ class Tokens:
                         sys.exit(f"cannot fetch {self.dataset}: {why}; the same command goes on")
                     tokens = open_bin(path)
                     if len(tokens) < size:
-                        tokens = np.array(tokens)  # which are kept: many small files would be too many open ones
+                        tokens = np.array(tokens)  # a map keeps its file open, and the writer keeps what it gets
                     for at in range(start, len(tokens), size):
                         part = tokens[at : at + size]
                         if part.max() >= enc.n_vocab:
@@ -136,7 +136,7 @@ class Tokens:
                         yield part, self.state
                     start = 0
                     if self.remote:
-                        os.remove(path)  # its space is free when its tokens are in shards
+                        os.remove(path)  # the writer has it mapped: its space is free when its tokens are in shards
             finally:
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
