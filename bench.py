@@ -40,6 +40,7 @@ import sample
 from scoring import score_completions
 from tokenized import MAGIC, Tokens
 from tokenizer import load_tokenizer
+import train_gpt2
 
 import numpy as np
 import torch
@@ -69,14 +70,14 @@ VOCAB = 50257
 BIN_TOKENS = 100_000_000  # of a .bin shard, as those of the hub have
 
 
-def new_model():
-    """Our model with the weights that every contender has."""
+def new_model(**parts):
+    """Our model with the weights that every contender has; GPT-2, or with other parts."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(1024, VOCAB, n_layer, n_head, n_embd))
+    return GPT(GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts))
 
 
 # -- the contenders: functions that return (repeat, the units of work that a call of it does) -----------------
-def training(model, loss, optimizer, autocast):
+def training(model, loss, optimizers, autocast):
     """Steps of a model on random tokens: loss(x, y) is its loss."""
     x, y = torch.randint(VOCAB, (2, B, T), device=device)
     model.train()
@@ -86,19 +87,22 @@ def training(model, loss, optimizer, autocast):
             value = loss(x, y)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return value.item()
 
     return repeat, B * T
 
 
-def train_ours():
+def train_ours(preset="gpt2"):
     keep_freed_memory()
-    model = new_model().to(device)
+    s = train_gpt2.file_settings(preset)
+    parts = {key: s[key] for key in train_gpt2.ARCHITECTURE} | {"n_layer": n_layer, "n_embd": n_embd}
+    model = new_model(**parts | {"n_head": max(1, n_head * s["n_head"] // 12)}).to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
-    (optimizer,) = configure_optimizers(model, 0.1, 6e-4)
-    return training(model, forward, optimizer, pick_autocast(dtype, device, cache=False))
+    optimizers = configure_optimizers(model, s["weight_decay"], s["max_lr"], (s["beta1"], s["beta2"]), s["optimizer"])
+    return training(model, forward, optimizers, pick_autocast(dtype, device, cache=False))
 
 
 def train_transformers(compiled=False):
@@ -109,7 +113,7 @@ def train_transformers(compiled=False):
         return F.cross_entropy(forward(input_ids=x).logits.float().flatten(0, 1), y.flatten())
 
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
-    return training(model, loss, optimizer, pick_autocast(dtype, device))
+    return training(model, loss, [optimizer], pick_autocast(dtype, device))
 
 
 def train_nanogpt():
@@ -119,7 +123,7 @@ def train_nanogpt():
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
     forward = torch.compile(model) if on_gpu else model
     autocast = pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
-    return training(model, lambda x, y: forward(x, y)[1], optimizer, autocast)
+    return training(model, lambda x, y: forward(x, y)[1], [optimizer], autocast)
 
 
 def train_build_nanogpt():
@@ -127,7 +131,8 @@ def train_build_nanogpt():
     theirs = definitions(build_nanogpt, "train_gpt2.py", master_process=False)
     model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, device.split(":")[0])
-    return training(model, lambda x, y: model(x, y)[1], optimizer, torch.autocast(device.split(":")[0], torch.bfloat16))
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16)
+    return training(model, lambda x, y: model(x, y)[1], [optimizer], autocast)
 
 
 drain = partial(collections.deque, maxlen=0)  # exhausts an iterator
@@ -328,6 +333,7 @@ def transformers_model(precision):
 PARTS = {  # unit, {contender: function}; the first is ours, a limit is the machine's
     "train": ("tokens", {
         "ours": train_ours,
+        "ours, --preset=modern": partial(train_ours, "modern"),
         "transformers": train_transformers,
         "transformers, compiled": partial(train_transformers, compiled=True),
         "nanoGPT": train_nanogpt,

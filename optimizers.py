@@ -77,7 +77,7 @@ def neuron_shares(X, squares, beta2=0.95):
     squares are tensors of the running means of the columns' squares, N n values in all, which take up those of now.
     Only their ratios matter, so that they may begin at zero.
     """
-    now = torch.linalg.vector_norm(X, dim=1, keepdim=True, dtype=torch.float32).square()  # MPS has no other of a dtype
+    now = X.square().sum(dim=1, keepdim=True, dtype=torch.float32)
     for mean, values in zip(squares, now.flatten().split([len(x) for x in squares]), strict=True):
         mean.lerp_(values, 1 - beta2)
     shares = torch.cat(squares).view_as(now).clamp(min=1e-20).rsqrt()

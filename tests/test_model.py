@@ -8,6 +8,7 @@ import shutil
 from unittest import mock
 
 from conftest import MODERN_PARTS
+from functions import LinearCrossEntropy, RMSNormalize
 import model as code
 from model import (
     GPT,
@@ -274,6 +275,18 @@ def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
 
 
+def test_rms_normalize():
+    """Of heads as they lie in a fused product, one of them zero, against autograd and finite differences."""
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x[..., 8:].view(2, 5, 2, 8).transpose(1, 2)
+    assert torch.autograd.gradcheck(RMSNormalize.apply, (x.detach().requires_grad_(), 1e-6))
+    x[0, 0, 0] = 0
+    x.requires_grad_()
+    both = (RMSNormalize.apply(x, 1e-6), F.rms_norm(x, x.shape[-1:], None, 1e-6))
+    results = [(y, *torch.autograd.grad((y * y.detach().cos()).sum(), x)) for y in both]
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-9)
+
+
 def test_the_loss_in_float16_sums_many_rows():
     """4,096 rows of one target: their gradients add up to more than float16 holds."""
     torch.manual_seed(0)
@@ -281,7 +294,7 @@ def test_the_loss_in_float16_sums_many_rows():
     targets, gradients = torch.full((4096,), 3), []
     for dtype in (torch.float32, torch.float16):
         w = weight.clone().requires_grad_()
-        loss, _ = code.LinearCrossEntropy.apply(x.to(dtype).requires_grad_(), w, targets, 60, 0, True)
+        loss, _ = LinearCrossEntropy.apply(x.to(dtype).requires_grad_(), w, targets, 60, 0, True)
         gradients.append(torch.autograd.grad(loss, w)[0])
     assert gradients[0].abs().max() * 4096 > 65504
     torch.testing.assert_close(*gradients, atol=0.05, rtol=0.01)
