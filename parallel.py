@@ -240,7 +240,15 @@ def explain(e, B, folder):
         return f"{e.filename or folder}: {e.strerror}; what was saved before is whole: mend it, then --resume"
 
 
-def run_script(main, explain=lambda e: out_of_memory(e) and "out of memory: try less at once, or a smaller model"):
+def explain_any(e):
+    """The line for an error that any script can meet and is no fault of the code, None for others."""
+    if out_of_memory(e):
+        return "out of memory: try less at once, or a smaller model"
+    if isinstance(e, OSError) and e.errno in SAID:
+        return f"{e.filename or 'this disk'}: {e.strerror}"
+
+
+def run_script(main, explain=explain_any):
     """main(), and the end of the processes. An error ends them all with one line, said once.
 
     explain(exception) is the line for one that is no fault of the code, None for others, which are raised.

@@ -10,6 +10,7 @@ the others follow when it is done.
 """
 
 import codecs
+import contextlib
 import os
 import sys
 
@@ -128,11 +129,9 @@ def main():
 
     if not interactive:
         return sample(start)
-    try:
-        while line := input("prompt> "):
+    with contextlib.suppress(EOFError):
+        while sys.stdin and (line := input("prompt> ")):
             sample(line)
-    except (EOFError, RuntimeError):  # RuntimeError: there is no input
-        pass
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """sample.py on a checkpoint made for it."""
 
 import io
+import os
+from unittest import mock
 
 from model import GPT, GPTConfig
 
@@ -48,6 +50,24 @@ def test_interactive(run, checkpoint, monkeypatch):
     assert out.startswith("prompt> one") and "\nprompt> two" in out and "three" not in out
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
     assert run("sample.py", "--interactive", "--max_new_tokens=5").endswith("prompt> ")
+
+
+def test_nobody_to_ask(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("sample.py", "--interactive") == ""
+
+
+def test_an_error_between_prompts_is_said(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    monkeypatch.setattr("torch.multinomial", mock.Mock(side_effect=RuntimeError("CUDA out of memory. Tried")))
+    with pytest.raises(SystemExit, match=r"^out of memory: try less at once, or a smaller model$"):
+        run("sample.py", "--interactive")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk(run, checkpoint):
+    with pytest.raises(SystemExit, match=r"No space left on device"):
+        run("sample.py", "--out=/dev/full", "--max_new_tokens=5")
 
 
 def test_a_mistake_leaves_the_file_alone(run, tmp_path):
