@@ -121,8 +121,8 @@ MODERN = dict(
 PRESETS = {
     "tiny": MODERN | dict(
         n_layer=3, n_head=2, n_embd=128, softcap=0.0, zero_init=False, B=16, T=128, total_batch_size=2048,
-        max_steps=1270, warmup_steps=20, cooldown_steps=1143, max_lr=7e-3, beta2=0.99, hellaswag_every=0, ewok_every=0,
-        eval_every=635, save_every=635, sample_every=635, sample_prompt="\n", sample_tokens=160, print_every=25,
+        max_steps=1250, warmup_steps=20, cooldown_steps=1125, max_lr=7e-3, beta2=0.99, hellaswag_every=0, ewok_every=0,
+        eval_every=625, save_every=625, sample_every=625, sample_prompt="\n", sample_tokens=160, print_every=25,
     ),
     "modern": MODERN | dict(n_head=6, max_lr=3.6e-3, warmup_steps=40, cooldown_steps=11_444, weight_decay=0.04),
     "gpt2": {},
