@@ -51,10 +51,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         y = x.float()
-        if y.device.type == "cpu" and y.requires_grad:
-            y = RMSNormalize.apply(y, self.eps)
-        else:
-            y = F.rms_norm(y, self.normalized_shape, None, self.eps)
+        by_hand = y.device.type == "cpu" and y.requires_grad
+        y = RMSNormalize.apply(y, self.eps) if by_hand else F.rms_norm(y, self.normalized_shape, None, self.eps)
         return (y if self.weight is None else y * self.weight.float()).to(x.dtype)
 
 

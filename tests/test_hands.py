@@ -332,7 +332,9 @@ def test_the_size_of_the_validation_split(tmp_path, run, size, val_tokens):
 
 def test_the_demo_says_how_much_it_uses(run, tmp_path):
     (tmp_path / "input.txt").write_text("All work and no play. " * 100_000)
-    assert "on input.txt, its first 2,000,000 bytes\n" in run("train_gpt2.py", "--max_steps=1", "--eval_every=0", "--sample_every=0")
+    assert "on input.txt, its first 2,000,000 bytes\n" in run(
+        "train_gpt2.py", "--max_steps=1", "--eval_every=0", "--sample_every=0"
+    )
 
 
 def test_init_from_keeps_its_own_architecture(run, shards, tmp_path):
