@@ -4,9 +4,10 @@
     python bench.py --what=train,sample --rounds=7
     python bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt    # clones of theirs, as they are
 
-Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work, and takes turns
-with ours: a ratio is between medians of the same minutes, after two warm-ups. transformers and lm_eval take part if
-they are installed, and so does the FLOP/s of a large matrix product, in tokens.
+Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work (but for ours
+with --preset=modern, which is another model), and takes turns with ours: a ratio is between medians of the same
+minutes, after two warm-ups. transformers and lm_eval take part if they are installed, and so does the FLOP/s of a large
+matrix product, in tokens.
 """
 
 import ast
@@ -71,7 +72,7 @@ BIN_TOKENS = 100_000_000  # of a .bin shard, as those of the hub have
 
 
 def new_model(**parts):
-    """Our model with the weights that every contender has; GPT-2, or with other parts."""
+    """Our model, with the weights that every contender has as long as no parts of GPT-2 are exchanged for others."""
     torch.manual_seed(0)
     return GPT(GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts))
 
@@ -98,8 +99,9 @@ def training(model, loss, optimizers, autocast):
 def train_ours(preset="gpt2"):
     keep_freed_memory()
     s = train_gpt2.file_settings(preset)
-    parts = {key: s[key] for key in train_gpt2.ARCHITECTURE} | {"n_layer": n_layer, "n_embd": n_embd}
-    model = new_model(**parts | {"n_head": max(1, n_head * s["n_head"] // 12)}).to(device)
+    heads = n_head if preset == "gpt2" or n_embd % 128 else n_embd // 128
+    parts = {key: s[key] for key in train_gpt2.ARCHITECTURE} | {"n_layer": n_layer, "n_head": heads, "n_embd": n_embd}
+    model = new_model(**parts).to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
     optimizers = configure_optimizers(model, s["weight_decay"], s["max_lr"], (s["beta1"], s["beta2"]), s["optimizer"])
     return training(model, forward, optimizers, pick_autocast(dtype, device, cache=False))

@@ -172,6 +172,7 @@ def write_onnx(model, path):
     if 4 * model.num_params() > 2e9:
         sys.exit("--format=onnx: a file of ONNX holds 2 GB at most, this model is larger; use --format=hf")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
+    model.requires_grad_(False)  # no backward pass of our own in it
     length = torch.export.Dim("length", min=1, max=model.config.block_size)
     program = torch.onnx.export(
         model, (torch.zeros(2, 8, dtype=torch.long),),

@@ -50,10 +50,11 @@ class RMSNorm(nn.RMSNorm):
     """https://arxiv.org/abs/1910.07467, in float32 whatever the input and the weight are."""
 
     def forward(self, x):
-        y = x.float()
-        by_hand = y.device.type == "cpu" and y.requires_grad
-        y = RMSNormalize.apply(y, self.eps) if by_hand else F.rms_norm(y, self.normalized_shape, None, self.eps)
-        return (y if self.weight is None else y * self.weight.float()).to(x.dtype)
+        weight = None if self.weight is None else self.weight.float()
+        if x.device.type != "cpu" or not x.requires_grad:
+            return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+        y = RMSNormalize.apply(x.float(), self.eps)
+        return (y if weight is None else y * weight).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

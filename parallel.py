@@ -245,7 +245,7 @@ def explain_any(e):
     if out_of_memory(e):
         return "out of memory: try less at once, or a smaller model"
     if isinstance(e, OSError) and e.errno in SAID:
-        return f"{e.filename or 'this disk'}: {e.strerror}"
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
 
 
 def run_script(main, explain=explain_any):

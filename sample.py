@@ -91,6 +91,15 @@ def ready(model, dtype, device):
     return model.to(pick_dtype(dtype, device)).eval()
 
 
+def write(text, mode):
+    """Write to the file --out=, in the mode of open(); exits if it cannot be written."""
+    try:
+        with open(out, mode, encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
+
+
 def main():
     if abs(seed) >= 1 << 63:
         sys.exit(f"--seed={seed}: must be less than 2^63")
@@ -107,10 +116,7 @@ def main():
     model, enc = load_model(ckpt, where, log_dir)
     model = ready(model, dtype, where)
     if out:
-        try:
-            open(out, "w").close()  # empty it now: each prompt adds to it
-        except OSError as e:
-            sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
+        write("", "w")  # empty it now: each prompt adds to it
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = torch.Generator(where).manual_seed(seed)
 
@@ -124,8 +130,7 @@ def main():
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         print("".join(f"\n{RULE}\n{text}" for text in texts[1:]))
         if out:
-            with open(out, "a", encoding="utf-8") as f:
-                f.write("".join(f"{text}\n{RULE}\n" for text in texts))
+            write("".join(f"{text}\n{RULE}\n" for text in texts), "a")
 
     if not interactive:
         return sample(start)

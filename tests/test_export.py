@@ -6,7 +6,7 @@ import json
 import re
 import sys
 
-from conftest import GPT2, TEXT, read_log
+from conftest import GPT2, MODERN_PARTS, TEXT, read_log
 from model import GPT, GPTConfig, load_model
 from test_model import hf_model
 import tokenizer as tokenizer_module
@@ -41,9 +41,9 @@ def own(request):
 def checkpoint(tmp_path):
     """checkpoint(enc, n_layer, ...): a log folder's model_00007.pt of a random model; returns the model."""
 
-    def save(enc, block_size=24, n_layer=2, n_head=2, n_embd=32):
+    def save(enc, block_size=24, n_layer=2, n_head=2, n_embd=32, **parts):
         torch.manual_seed(3)
-        model = GPT(GPTConfig(block_size, enc.n_vocab, n_layer, n_head, n_embd)).eval()
+        model = GPT(GPTConfig(block_size, enc.n_vocab, n_layer, n_head, n_embd, **parts)).eval()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
@@ -125,10 +125,11 @@ def test_pipeline(run, checkpoint, tmp_path, own):
     assert text == own.decode(ids)
 
 
-def test_onnx(run, checkpoint, tmp_path):
+@pytest.mark.parametrize("parts", [{}, MODERN_PARTS], ids=["gpt2", "modern"])
+def test_onnx(run, checkpoint, tmp_path, parts):
     import onnxruntime
 
-    model = checkpoint(load_tokenizer("bytes"))
+    model = checkpoint(load_tokenizer("bytes"), **parts)
     out = run("export.py", "--format=onnx")
     assert "model.onnx: input_ids (batch, length) -> logits; length up to 24" in out
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -66,7 +66,7 @@ def test_an_error_between_prompts_is_said(run, checkpoint, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk(run, checkpoint):
-    with pytest.raises(SystemExit, match=r"No space left on device"):
+    with pytest.raises(SystemExit, match=r"^--out=/dev/full: cannot write this file \(No space left on device\)$"):
         run("sample.py", "--out=/dev/full", "--max_new_tokens=5")
 
 
