@@ -20,7 +20,6 @@ import lzma
 import os
 import random
 import re
-import stat
 import sys
 import time
 import zlib
@@ -246,7 +245,7 @@ def find_files(path):
             seen.add(real)
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")]  # ._a.txt is a Mac's
     for name in found:
-        if not stat.S_ISREG(os.stat(name).st_mode if os.path.exists(name) else 0):
+        if not os.path.isfile(name):
             sys.exit(f"{name}: is not a file that can be read; take it out")
     cards = [x for x in found if os.path.basename(x).lower() == "readme.md" and x != path]  # of datasets
     files = sorted(name for name in found if reader_of(name) and name not in cards)

@@ -12,13 +12,12 @@ import sys
 
 from model import load_model
 from order import open_mixture, read_windows, val_windows
-from parallel import all_agree, any_shape, is_rank_0, local_first, print0
+from parallel import all_agree, any_shape, is_rank_0, local_first, print0, total
 from sample import stream_text
 from tokenizer import token_byte_lengths
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -41,10 +40,7 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
         means = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), with_accuracy=True)
         nats, right = (len(tokens) * mean.item() for mean in means)
         sums += torch.tensor([nats, right, len(tokens), byte_lengths[tokens].sum()])
-    if world_size > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    nats, right, tokens, size = sums.tolist()
+    nats, right, tokens, size = total(sums).tolist()
     means = {"loss": nats / tokens, "accuracy": right / tokens, "bpb": nats / math.log(2) / max(size, 1)}
     return means | {"tokens": int(tokens), "perplexity": math.exp(min(nats / tokens, 700))}
 
@@ -54,10 +50,8 @@ def evaluate_mixture(model, mixture, *args, **ranks):
     results = {shards.data_dir: evaluate(model, shards, *args, **ranks) for shards in mixture}
     if len(results) == 1:
         return next(iter(results.values()))
-    mean = {
-        key: sum(float(weight) * results[shards.data_dir][key] for shards, weight in mixture.items())
-        for key in ("loss", "accuracy", "bpb")
-    }
+    parts = [(float(weight), results[shards.data_dir]) for shards, weight in mixture.items()]
+    mean = {key: sum(weight * result[key] for weight, result in parts) for key in ("loss", "accuracy", "bpb")}
     mean |= {"tokens": sum(r["tokens"] for r in results.values()), "perplexity": math.exp(min(mean["loss"], 700))}
     return mean | {"sources": {folder: result["loss"] for folder, result in results.items()}}
 
@@ -129,11 +123,8 @@ def time_left(step, last, every, seconds):
 
     seconds: {"train" or what is done once in a while: how long it took each time lately}; every: {the latter: steps}.
     """
-
-    def times(n):
-        return last // n - step // n + (last % n > 0) if n else 0
-
-    left = {kind: times(n) for kind, n in every.items()} | {"train": last - step - 1}
+    left = {kind: last // n - step // n + (last % n > 0) if n else 0 for kind, n in every.items()}
+    left["train"] = last - step - 1
     if seconds.get("train"):
         total = sum(left[kind] * statistics.median_low(took) for kind, took in seconds.items())
         return min(total, 1e10)  # which datetime can still say

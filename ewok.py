@@ -27,12 +27,11 @@ import zlib
 
 from configurator import check_numbers, configure
 from model import load_model
-from parallel import local_first, pick_autocast, run_script, start_processes
+from parallel import local_first, pick_autocast, run_script, start_processes, total
 from scoring import score_completions
 from tokenizer import encode
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
@@ -170,11 +169,7 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     mine = torch.arange(rank, len(items), world_size)
     for part in tqdm(mine.split(256), desc="EWoK", leave=False, disable=rank != 0):
         numbers[part] = torch.cat(score_items(model, enc, [items[i] for i in part], batch_tokens), dim=1)
-    if world_size > 1:
-        numbers = numbers.to(model.lm_head.weight.device)
-        dist.all_reduce(numbers)
-        numbers = numbers.cpu()
-    sums, counts = numbers.split(4, dim=1)
+    sums, counts = total(numbers).split(4, dim=1)
     scores = compare(sums, counts)
 
     def means(chosen):

@@ -28,7 +28,7 @@ from configurator import check_numbers, configure, cores, from_environment
 from documents import TINYSHAKESPEARE, Documents, More, read_text
 from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
 from tokenized import Tokens, is_tokenized
-from tokenizer import EOT, copy_encoding, encode, load_tokenizer
+from tokenizer import EOT, encode, load_tokenizer, new_encoding
 
 import numpy as np
 import requests
@@ -76,7 +76,7 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     def work(batch):
         if not hasattr(own, "enc"):
             # Rust's regular expressions are fastest in the first thread that uses them: a copy for each, 1.13x
-            own.enc = copy_encoding(enc)
+            own.enc = new_encoding(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
         return encode_documents(batch, own.enc, dtype)
 
     with ThreadPoolExecutor(cores()) as pool:
@@ -93,8 +93,8 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             if chars >= batch_chars:
                 under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
                 batch, chars = [], 0
-            if len(under_way) > 4 * cores():
-                yield finish()
+                if len(under_way) > 4 * cores():
+                    yield finish()
         if batch:
             under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
         while under_way:

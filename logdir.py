@@ -114,11 +114,8 @@ def resumed_settings(saved, given, file_settings, fixed):
     for key in fixed:
         if given.get(key, was.get(key, now[key])) != was.get(key, now[key]):
             sys.exit(f"--{key}={given[key]}: the run to resume has {was.get(key, now[key])}; leave it out")
-    edited = [
-        key
-        for key, value in now.items()
-        if key not in given and value not in (saved["defaults"].get(key, value), was.get(key, value))
-    ]
+    old = saved["defaults"]
+    edited = [key for key, x in now.items() if key not in given and x not in (old.get(key, x), was.get(key, x))]
     if edited:
         says = ", ".join(f"{key}={now[key]}" for key in edited)
         keep = " ".join(f"--{key}={shlex.quote(str(was[key]))}" for key in edited)
@@ -163,9 +160,8 @@ def check_data(log_dir, read, order, sequences):
     there, needs = order.contents(), f"the run in {log_dir} needs those that it has read"
     if [weight for weight, *_ in read] != [weight for weight, *_ in there]:
         sys.exit(f"--data_dir: the run in {log_dir} mixes its data otherwise; leave it out")
-    for (_, before, *was), (_, now, dataset), source, seen in zip(
-        read, there, order.orders, order.before(sequences), strict=True
-    ):
+    sources = zip(read, there, order.orders, order.before(sequences), strict=True)
+    for (_, before, *was), (_, now, dataset), source, seen in sources:
         if was not in ([], [dataset]):
             sys.exit(f"{source.shards.data_dir}: holds {dataset}, not {was[0]}: {needs}")
         if len(now) < len(before) or any(a != b[: len(a)] for a, b in zip(before, now, strict=False)):
@@ -327,8 +323,7 @@ class LogDir:
 
     def _hold(self):
         """Lock the folder, and remember which it is, whatever is moved to its name."""
-        self._lock, now = lock_folder(self.path), os.stat(self.path)
-        self._identity = now.st_dev, now.st_ino
+        self._lock, self._identity = lock_folder(self.path), os.stat(self.path)
 
     def _append(self, name, line):
         if name not in self._files:
@@ -338,7 +333,7 @@ class LogDir:
     def _beside(self, work):
         """work(), once more in a new folder if this one has been moved, deleted, replaced or closed to us."""
         try:
-            if (now := os.stat(self.path)) and (now.st_dev, now.st_ino) != self._identity:
+            if not os.path.samestat(os.stat(self.path), self._identity):
                 raise FileNotFoundError(errno.ENOENT, "another folder is in its place")
             return work()
         except OSError as e:

@@ -303,10 +303,6 @@ class GPT(nn.Module):
         loss, accuracy = LinearCrossEntropy.apply(*rows, *how)
         return (loss, accuracy) if with_accuracy else loss
 
-    def position_weights(self):
-        """The position embeddings: one parameter, or none."""
-        return [self.transformer.wpe.weight] if self.config.pos == "learned" else []
-
     def num_params(self):
         """Number of parameters, without the rows that only pad the vocabulary."""
         padding = self.transformer.wte.num_embeddings - self.config.vocab_size
@@ -318,9 +314,10 @@ class GPT(nn.Module):
         PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves out embeddings,
         which are looked up, and keeps the output layer.
         """
-        N = self.num_params() - sum(p.numel() for p in self.position_weights())
-        N -= 0 if self.config.tied else self.config.vocab_size * self.config.n_embd
-        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
+        c, N = self.config, self.num_params()
+        N -= c.block_size * c.n_embd if c.pos == "learned" else 0
+        N -= 0 if c.tied else c.vocab_size * c.n_embd
+        return 6 * N + 12 * c.n_layer * c.n_embd * T
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):
@@ -381,7 +378,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT with the weights of an OpenAI name ("gpt2" ... "gpt2-xl") or a local Hugging Face folder."""
+        """A GPT with the weights of a name on the hub ("gpt2" ... "gpt2-xl", owner/name) or a local folder."""
         config, state = read_hugging_face(source)
         return cls.from_state_dict(GPTConfig(**config), state, source)
 

@@ -231,11 +231,6 @@ def open_mixture(data_dir):
     return mixture
 
 
-def train_order(mixture, T, seed):
-    """The order in which a run reads what open_mixture has opened."""
-    return Mixture([TrainOrder(shards, T, seed) for shards in mixture], list(mixture.values()))
-
-
 def micro_batch(B, fixed, T, total_batch_size, world_size):
     """The largest micro-batch up to B of which a step has a whole number; exits if that is not B and B is fixed."""
     unit = B * T * world_size

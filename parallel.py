@@ -158,14 +158,13 @@ def start_processes(device):
         torch.cuda.set_device(device)
     if world_size <= 1:
         return 0, 1, device
-    store = None
+    group = {"timeout": datetime.timedelta(hours=1)}  # others wait while rank 0 saves a large model or downloads
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun --max-restarts keeps its store, and with it the addresses of processes that are gone: without names
         # of its own a restart waits for them (torch 2.13, gloo). On several machines the counts differ.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    group = {"store": store, "rank": rank, "world_size": world_size} if store else {}
-    group["timeout"] = datetime.timedelta(hours=1)  # others wait while rank 0 saves a large model or downloads
+        group |= {"store": store, "rank": rank, "world_size": world_size}
     if device.startswith("cuda"):
         dist.init_process_group("nccl", device_id=torch.device(device), **group)
     elif device == "cpu":  # torchrun allows each process one thread: share the cores instead
@@ -174,12 +173,6 @@ def start_processes(device):
     else:
         sys.exit(f"--device={device}: one process only; for several use --device=cpu")
     return rank, world_size, device
-
-
-def to_device(array, device):
-    """A NumPy array as a tensor on a torch.device."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def wait_for_all():
@@ -281,22 +274,22 @@ def local_first(load):
             wait_for_all()
 
 
+def total(tensor):
+    """A tensor, summed over all ranks, on the CPU. All ranks call it."""
+    if dist.is_initialized():
+        tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
 def all_agree(yes):
     """Whether `yes` is true on every rank. All ranks call it."""
-    if not dist.is_initialized():
-        return bool(yes)
-    yes = torch.tensor(int(bool(yes)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(yes, op=dist.ReduceOp.MIN)
-    return bool(yes.item())
+    return total(torch.tensor(int(not yes))).item() == 0
 
 
 def from_rank_0(number):
     """The whole number that rank 0 has. All ranks call it."""
-    if not dist.is_initialized():
-        return number
-    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(number, 0)
-    return number.item()
+    return total(torch.tensor(number if is_rank_0() else 0)).item()
 
 
 def all_finite(tensors):
@@ -352,21 +345,14 @@ def shard(model, dtype, compiled):
         register_fsdp_forward_method(model, name)
 
 
-def gather(model):
-    """Have each process hold the whole model, until release(), so that it can be called by some of them only.
+def gather(model, hold=True):
+    """Have each process hold the whole model, so that some of them alone can call it, until this is called to let go.
 
-    Does nothing to a model that is not divided.
+    From then on a block's parts are given back after its forward pass. Nothing happens to a model that is not divided.
     """
     for module in divided_modules(model):
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-
-
-def release(model):
-    """The end of gather(); from now on the parts of a block are given back after its forward pass again."""
-    for module in divided_modules(model):
-        module.set_reshard_after_forward(module is not model, recurse=False)
-        module.reshard()
+        module.set_reshard_after_forward(not hold and module is not model, recurse=False)
+        module.unshard() if hold else module.reshard()
 
 
 def divided_modules(model):

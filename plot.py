@@ -244,8 +244,7 @@ def draw_run():
     panels = [draw_loss] if kinds & {"train", "val"} else []
     for kind, key, title, unit, more in CURVES:
         if any(key in run.get(kind, {}) for _, run, _ in runs):
-            how = {"kind": kind, "key": key, "title": title, "ylabel": unit, **more}
-            panels.append(functools.partial(draw_curve, **how))
+            panels.append(functools.partial(draw_curve, kind=kind, key=key, title=title, ylabel=unit, **more))
         if kind == "ewok" and domains(runs):
             panels.append(draw_domains)
     for kind in sorted(kinds - {"train", "val", *(kind for kind, *_ in CURVES)}):  # an eval of your own

@@ -31,11 +31,6 @@ def get_lr(s, step, last_step, lengthened=None):
     return lr
 
 
-def get_momentum(step):
-    """Muon's momentum: from 0.85 to 0.95 over the first 300 steps, as in modded-nanogpt."""
-    return 0.85 + 0.1 * min(1, step / 300)
-
-
 def stalled(losses, patience):
     """Whether the best of the last `patience` validation losses is no better, by 0.002, than the best before.
 
@@ -91,9 +86,8 @@ def describe_schedule(s, lengthened=None):
     """The schedule of a run in a line."""
     decay = s["cooldown_steps"] if s["schedule"] != "cosine" else s["max_steps"] - s["warmup_steps"]
     stable = s["max_steps"] - s["warmup_steps"] - decay
-    line = (
-        f"{s['max_steps']:,} steps, {s['schedule']}: warmup {s['warmup_steps']:,}, stable {stable:,}, decay {decay:,}"
-    )
+    line = f"{s['max_steps']:,} steps, {s['schedule']}: "
+    line += f"warmup {s['warmup_steps']:,}, stable {stable:,}, decay {decay:,}"
     if s["optimizer"] == "muon":
         line += f"; weight decay {s['weight_decay']:g}"
     if lengthened:

@@ -176,9 +176,8 @@ class ShardWriter:
         last = open_shard(os.path.join(self.out_dir, self.meta["shards"][-1]["file"]))
         begin = self.written - len(last)  # its place in the stream
         start, end = max(self.taken, begin), min(self.taken + len(tokens), self.written)
-        if start < end and not np.array_equal(
-            tokens[start - self.taken : end - self.taken], last[start - begin : end - begin]
-        ):
+        new, old = tokens[start - self.taken : end - self.taken], last[start - begin : end - begin]
+        if start < end and not np.array_equal(new, old):
             sys.exit(f"{self.out_dir} holds the beginning of another text than this: choose another --out_dir")
 
     def close(self):

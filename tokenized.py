@@ -37,9 +37,8 @@ def open_bin(path):
         sys.exit(f"{path}: holds Llama 3's tokens (uint32), not GPT-2's: take the GPT-2 version of it")
     if size >= 12 and header[0] == MAGIC:
         if header[1] != 1 or size != 1024 + 2 * int(header[2]):
-            sys.exit(
-                f"{path}: says {header[2]} tokens and holds {(size - 1024) / 2:g}: it is cut short, fetch it again"
-            )
+            says = f"says {header[2]} tokens and holds {(size - 1024) / 2:g}"
+            sys.exit(f"{path}: {says}: it is cut short, fetch it again")
         return np.memmap(path, dtype="<u2", mode="r", offset=1024)
     if os.path.exists(os.path.join(os.path.dirname(path), "meta.pkl")):
         hint = "python fineweb.py --tokenizer=bytes --dataset= with the text that they were made of"

@@ -37,10 +37,8 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # no network, or a file that fails tiktoken's hash
-            hint = (
-                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it (texts go with --tokenizer=bytes)"
-            )
-            sys.exit(f"cannot get GPT-2's vocabulary ({type(e).__name__}): {hint}")
+            hint = "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            sys.exit(f"cannot get GPT-2's vocabulary ({type(e).__name__}): {hint} (texts go with --tokenizer=bytes)")
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # No merges, so where a text is split does not matter; short pieces are fastest.
@@ -93,12 +91,6 @@ def encode(enc, text, eot=False):
         return np.concatenate([encode(enc, part, eot) for part in cut(text)])
 
 
-def copy_encoding(enc):
-    """A tiktoken.Encoding that shares nothing with enc but its tokens."""
-    parts = {"mergeable_ranks": enc._mergeable_ranks, "special_tokens": enc._special_tokens}
-    return tiktoken.Encoding(enc.name, pat_str=enc._pat_str, **parts)
-
-
 def tokenizer_state(enc):
     """What a checkpoint stores for `enc`: a name, or the dict that tokenizer.json holds."""
     if enc.name in ("gpt2", "bytes"):
@@ -138,9 +130,8 @@ def load_hugging_face(path, state):
         if any(token.get(x) for token in state["added_tokens"] for x in ("lstrip", "rstrip", "single_word")):
             raise ValueError("its special tokens take blanks from the text beside them")
         byte_of = {character: b for b, character in byte_characters().items()}
-        ranks = {
-            bytes(byte_of[c] for c in token): i for token, i in state["model"]["vocab"].items() if token not in special
-        }
+        vocab = state["model"]["vocab"]
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in special}
         steps = state["pre_tokenizer"].get("pretokenizers", [state["pre_tokenizer"]])
         kinds = [step["type"] for step in steps]
         pat_str = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
@@ -153,7 +144,7 @@ def load_hugging_face(path, state):
         if cuts if len(kinds) > 1 else not cuts and len(ranks) > 256:
             raise ValueError("it cuts text into pieces otherwise")
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
-        order = [state["model"]["vocab"][a + b] for a, b in pairs]
+        order = [vocab[a + b] for a, b in pairs]
         if order != sorted(order):
             raise ValueError("the order of its merges is not that of its tokens")
         return named(pat_str, ranks, special)

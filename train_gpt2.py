@@ -31,10 +31,10 @@ import hellaswag
 import logdir
 from model import GPT, GPTConfig, load_model
 from optimizers import configure_optimizers
-from order import in_words, micro_batch, open_mixture, train_order, wait_for
+from order import Mixture, TrainOrder, in_words, micro_batch, open_mixture, wait_for
 import parallel
 from parallel import pick_autocast, pick_compile, pick_dtype, print0
-from schedule import check_schedule, describe_schedule, get_lr, get_momentum, keep_shares, stalled
+from schedule import check_schedule, describe_schedule, get_lr, keep_shares, stalled
 from shards import has_shards
 
 import torch
@@ -176,8 +176,7 @@ def file_settings(name):
 # -- before the first step ----------------------------------------------------------
 def check_settings():
     """Exit with one line if a number makes no sense."""
-    positive = """n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens
-        max_bad_steps""".split()
+    positive = "n_layer n_head n_embd B T total_batch_size patience val_tokens sample_tokens max_bad_steps".split()
     for key, value in current_settings(globals()).items():
         if not isinstance(value, str):
             check_numbers(1 if key in positive else -1 if key in ("plot_every", "resume_step") else 0, **{key: value})
@@ -307,7 +306,7 @@ def evaluate_due(tasks, run, model, log, stop, seconds):
         if stop.anywhere():
             ending = "asked"
             break
-    parallel.release(model)
+    parallel.gather(model, hold=False)
     val_loss = results["val"]["loss"] if "val" in results else None
     if len(results) == len(now):
         run.evaluated_step = run.step
@@ -342,27 +341,26 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
     start, where = time.perf_counter(), model.lm_head.weight.device
     lr, sequences = get_lr(run.settings, run.step, end_of(run), run.lengthened), total_batch_size // T
     grad_accum_steps = sequences // (B * world_size)
-    total = torch.zeros((), device=where)
+    losses = torch.zeros((), device=where)
     for micro_step, rows in enumerate(order.batches(run.tokens // T, sequences, B, rank, world_size)):
-        rows = parallel.to_device(rows, where)  # (B, T + 1)
+        rows = torch.from_numpy(rows)  # (B, T + 1)
+        rows = rows.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else rows.to(where)
         train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1  # which DDP looks at
         with pick_autocast(dtype, str(where), cache=False):
             loss = train_model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-        total += loss.detach()
+        losses += loss.detach()
         scaler.scale(loss / grad_accum_steps).backward()
     for opt in optimizers:
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = (grad_norm.full_tensor() if parallel.is_divided(grad_norm) else grad_norm).item()
-    if world_size > 1:
-        dist.all_reduce(total)
-    loss = total.item() / (grad_accum_steps * world_size)
+    loss = parallel.total(losses).item() / (grad_accum_steps * world_size)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = lr * group.get("lr_share", 1)
             if "parts" in group:
-                group["momentum"] = get_momentum(run.step)
+                group["momentum"] = 0.85 + 0.1 * min(1, run.step / 300)  # as in modded-nanogpt
         if finite:
             parallel.step_optimizer(opt, scaler)
         opt.zero_grad(set_to_none=True)
@@ -379,10 +377,8 @@ def report(result, run, order, full_speed, left, log):
     read, seen = run.tokens // T, (run.tokens + total_batch_size) // T  # sequences, before and after this step
     speed = total_batch_size / seconds
     result |= {"tokens": seen * T, "epoch": order.epochs(seen), "tokens_per_second": speed}
-    mfu = ""
-    if full_speed:
-        result["mfu"] = speed / full_speed
-        mfu = f" | mfu {100 * result['mfu']:.1f}%"
+    result |= {"mfu": speed / full_speed} if full_speed else {}
+    mfu = f" | mfu {100 * result['mfu']:.1f}%" if full_speed else ""
     eta = f" | eta {datetime.timedelta(seconds=round(left))}" if left is not None else ""
     if print_every and (step % print_every == 0 or step == end_of(run) - 1 or not finite):
         print0(
@@ -435,7 +431,7 @@ def main(given):
         sys.exit("--schedule=plateau needs validation tokens: --val_dir= names shards that have some")
     most = B if "B" in given or where != "cpu" else min(B, max(1, 8192 // T))  # a processor gains nothing by more
     globals()["B"] = micro_batch(most, "B" in given, T, total_batch_size, world_size)
-    order = train_order(mixture, T, seed)
+    order = Mixture([TrainOrder(shards, T, seed) for shards in mixture], list(mixture.values()))
 
     # The run, the model, and what trains it: as resume.pt has them, or fresh
     saved = logdir.load_resume(log_dir, resume_step) if resume else None

@@ -18,9 +18,7 @@ import sys
 from configurator import configure
 from documents import Documents
 from shards import write_whole
-from tokenizer import EOT, PATTERNS, cut, encode, load_tokenizer, own_name, tokenizer_state
-
-import tiktoken
+from tokenizer import EOT, PATTERNS, cut, encode, load_tokenizer, new_encoding, own_name, tokenizer_state
 
 # -- settings: override any with --key=value --------------------------------------
 data = "fineweb-edu"  # what to train on: a name or a path, as fineweb.py's --dataset
@@ -42,7 +40,7 @@ def train(texts, vocab_size, pat_str):
     trainer.train_from_iterator(texts, vocab_size - 1, pattern=pat_str)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     special = {EOT: len(ranks)}
-    return tiktoken.Encoding(own_name(ranks, special), pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return new_encoding(own_name(ranks, special), pat_str, ranks, special)
 
 
 def bytes_per_token(enc, texts):

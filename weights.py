@@ -88,7 +88,10 @@ def read_hugging_face(source):
     except (OSError, ValueError) as e:
         sys.exit(f"{source}: not a Hugging Face model folder, its config.json cannot be read ({e})")
     kind = hf.get("model_type")
-    config = llama_config(hf, source) if kind in LLAMAS else gpt2_config(hf, source)
+    try:
+        config = llama_config(hf, source) if kind in LLAMAS else gpt2_config(hf, source)
+    except (KeyError, TypeError) as e:
+        sys.exit(f"{source}: its config.json has no {e}")
     tensors, state = read_hf_tensors(folder), {}
     wte = next((name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight"))), None)
     if wte is None:
@@ -139,12 +142,8 @@ def gpt2_config(hf, source):
     released |= {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "add_cross_attention": (False,)}
     released |= {"scale_attn_by_inverse_layer_idx": (False,), "n_inner": (None, 4 * hf.get("n_embd", 0))}
     refuse_others(hf, source, released, "GPT-2 as released")
-    try:
-        return {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | {
-            "block_size": hf["n_positions"]
-        }
-    except KeyError as e:
-        sys.exit(f"{source}: its config.json has no {e}")
+    config = {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return config | {"block_size": hf["n_positions"]}
 
 
 def refuse_others(hf, source, known, whose):
@@ -159,24 +158,21 @@ LLAMAS = {"llama": "Llama", "qwen3": "Qwen3", "nanochat": "NanoChat"}
 
 def llama_config(hf, source):
     """The same of one of LLAMAS; exits for what export.py does not write."""
-    try:
-        n_embd, n_head, nanochat = hf["hidden_size"], hf["num_attention_heads"], hf["model_type"] == "nanochat"
-        acts = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu"} if nanochat else {"silu": "swiglu"}
-        width = 4 * n_embd if nanochat else round(8 * n_embd / 3 / 8) * 8
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        theta, kind = rope.get("rope_theta", hf.get("rope_theta", 1e4)), rope.get("rope_type", "default")
-        known = {"num_key_value_heads": (n_head,), "head_dim": (n_embd // n_head, None), "intermediate_size": (width,)}
-        known |= {"rms_norm_eps": (1e-6 if nanochat else 1e-5,), "rope_theta": (1e4,), "rope_type": ("default",)}
-        known |= {"attention_bias": (False,), "mlp_bias": (False,)}
-        known |= {} if nanochat else {"tie_word_embeddings": (True,)}
-        known |= {"hidden_act": tuple(acts)}
-        refuse_others(hf | {"rope_theta": theta, "rope_type": kind}, source, known, "what export.py writes")
-        config = {"n_layer": hf["num_hidden_layers"], "n_head": n_head, "n_embd": n_embd, "bias": False, "pos": "rope"}
-        config |= {"vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"]}
-        config |= {"mlp": acts[hf["hidden_act"]], "qk_norm": hf["model_type"] != "llama", "norm": "rmsnorm"}
-        config |= {"tied": not nanochat or hf.get("tie_word_embeddings", False)}
-    except (KeyError, TypeError) as e:
-        sys.exit(f"{source}: its config.json has no {e}")
+    n_embd, n_head, nanochat = hf["hidden_size"], hf["num_attention_heads"], hf["model_type"] == "nanochat"
+    acts = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu"} if nanochat else {"silu": "swiglu"}
+    width = 4 * n_embd if nanochat else round(8 * n_embd / 3 / 8) * 8
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta, kind = rope.get("rope_theta", hf.get("rope_theta", 1e4)), rope.get("rope_type", "default")
+    known = {"num_key_value_heads": (n_head,), "head_dim": (n_embd // n_head, None), "intermediate_size": (width,)}
+    known |= {"rms_norm_eps": (1e-6 if nanochat else 1e-5,), "rope_theta": (1e4,), "rope_type": ("default",)}
+    known |= {"attention_bias": (False,), "mlp_bias": (False,)}
+    known |= {} if nanochat else {"tie_word_embeddings": (True,)}
+    known |= {"hidden_act": tuple(acts)}
+    refuse_others(hf | {"rope_theta": theta, "rope_type": kind}, source, known, "what export.py writes")
+    config = {"n_layer": hf["num_hidden_layers"], "n_head": n_head, "n_embd": n_embd, "bias": False, "pos": "rope"}
+    config |= {"vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"]}
+    config |= {"mlp": acts[hf["hidden_act"]], "qk_norm": hf["model_type"] != "llama", "norm": "rmsnorm"}
+    config |= {"tied": not nanochat or hf.get("tie_word_embeddings", False)}
     if nanochat:
         config |= {"norm": "weightless", "embd_norm": True, "softcap": hf.get("final_logit_softcapping", 15) or 0}
     return config
