@@ -72,7 +72,7 @@ BIN_TOKENS = 100_000_000  # of a .bin shard, as those of the hub have
 
 
 def new_model(**parts):
-    """Our model, with the weights that every contender has as long as no parts of GPT-2 are exchanged for others."""
+    """Our GPT-2, with the weights that every contender has; parts: fields of GPTConfig that are to differ."""
     torch.manual_seed(0)
     return GPT(GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts))
 

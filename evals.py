@@ -12,7 +12,7 @@ import sys
 
 from model import load_model
 from order import open_mixture, read_windows, val_windows
-from parallel import all_agree, any_shape, is_rank_0, local_first, print0, total
+from parallel import all_agree, any_shape, is_rank_0, local_first, print0, sum_over_ranks
 from sample import stream_text
 from tokenizer import token_byte_lengths
 
@@ -40,7 +40,7 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
         means = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), with_accuracy=True)
         nats, right = (len(tokens) * mean.item() for mean in means)
         sums += torch.tensor([nats, right, len(tokens), byte_lengths[tokens].sum()])
-    nats, right, tokens, size = total(sums).tolist()
+    nats, right, tokens, size = sum_over_ranks(sums).tolist()
     means = {"loss": nats / tokens, "accuracy": right / tokens, "bpb": nats / math.log(2) / max(size, 1)}
     return means | {"tokens": int(tokens), "perplexity": math.exp(min(nats / tokens, 700))}
 

@@ -27,7 +27,7 @@ import zlib
 
 from configurator import check_numbers, configure
 from model import load_model
-from parallel import local_first, pick_autocast, run_script, start_processes, total
+from parallel import local_first, pick_autocast, run_script, start_processes, sum_over_ranks
 from scoring import score_completions
 from tokenizer import encode
 
@@ -169,7 +169,7 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     mine = torch.arange(rank, len(items), world_size)
     for part in tqdm(mine.split(256), desc="EWoK", leave=False, disable=rank != 0):
         numbers[part] = torch.cat(score_items(model, enc, [items[i] for i in part], batch_tokens), dim=1)
-    sums, counts = total(numbers).split(4, dim=1)
+    sums, counts = sum_over_ranks(numbers).split(4, dim=1)
     scores = compare(sums, counts)
 
     def means(chosen):

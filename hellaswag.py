@@ -23,7 +23,7 @@ import time
 
 from configurator import check_numbers, configure
 from model import load_model
-from parallel import local_first, pick_autocast, run_script, start_processes, total
+from parallel import local_first, pick_autocast, run_script, start_processes, sum_over_ranks
 from scoring import score_completions
 from shards import download
 from tokenizer import encode
@@ -138,7 +138,7 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
         predicted = predict(model, enc, [items[i] for i in part], style, batch_tokens)
         labels = torch.tensor([items[i]["label"] for i in part])
         right[part] = (torch.tensor(predicted) == labels).double().T
-    acc, acc_norm = total(right).mean(dim=0).tolist()
+    acc, acc_norm = sum_over_ranks(right).mean(dim=0).tolist()
     stderr = (acc_norm * (1 - acc_norm) / len(items)) ** 0.5
     seconds = time.perf_counter() - start
     return {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "count": len(items), "seconds": seconds}

@@ -1,4 +1,4 @@
-"""GPT-2: the model, its loss, how it generates, and how its weights are loaded.
+"""GPT-2: the model, how it generates, and how its weights are loaded; functions.py has the arithmetic of its loss.
 
 Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2 and GPT-3
 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings. State-dict names are those of

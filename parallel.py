@@ -274,7 +274,7 @@ def local_first(load):
             wait_for_all()
 
 
-def total(tensor):
+def sum_over_ranks(tensor):
     """A tensor, summed over all ranks, on the CPU. All ranks call it."""
     if dist.is_initialized():
         tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -284,12 +284,12 @@ def total(tensor):
 
 def all_agree(yes):
     """Whether `yes` is true on every rank. All ranks call it."""
-    return total(torch.tensor(int(not yes))).item() == 0
+    return sum_over_ranks(torch.tensor(int(not yes))).item() == 0
 
 
 def from_rank_0(number):
     """The whole number that rank 0 has. All ranks call it."""
-    return total(torch.tensor(number if is_rank_0() else 0)).item()
+    return sum_over_ranks(torch.tensor(number if is_rank_0() else 0)).item()
 
 
 def all_finite(tensors):
@@ -345,14 +345,21 @@ def shard(model, dtype, compiled):
         register_fsdp_forward_method(model, name)
 
 
-def gather(model, hold=True):
-    """Have each process hold the whole model, so that some of them alone can call it, until this is called to let go.
+def gather(model):
+    """Have each process hold the whole model, until release(), so that it can be called by some of them only.
 
-    From then on a block's parts are given back after its forward pass. Nothing happens to a model that is not divided.
+    Does nothing to a model that is not divided.
     """
     for module in divided_modules(model):
-        module.set_reshard_after_forward(not hold and module is not model, recurse=False)
-        module.unshard() if hold else module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def release(model):
+    """The end of gather(); from now on the parts of a block are given back after its forward pass again."""
+    for module in divided_modules(model):
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
 
 
 def divided_modules(model):

@@ -91,7 +91,7 @@ def ready(model, dtype, device):
     return model.to(pick_dtype(dtype, device)).eval()
 
 
-def write(text, mode):
+def write_out(text, mode):
     """Write to the file --out=, in the mode of open(); exits if it cannot be written."""
     try:
         with open(out, mode, encoding="utf-8") as f:
@@ -116,7 +116,7 @@ def main():
     model, enc = load_model(ckpt, where, log_dir)
     model = ready(model, dtype, where)
     if out:
-        write("", "w")  # empty it now: each prompt adds to it
+        write_out("", "w")  # empty it now: each prompt adds to it
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = torch.Generator(where).manual_seed(seed)
 
@@ -130,7 +130,7 @@ def main():
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         print("".join(f"\n{RULE}\n{text}" for text in texts[1:]))
         if out:
-            write("".join(f"{text}\n{RULE}\n" for text in texts), "a")
+            write_out("".join(f"{text}\n{RULE}\n" for text in texts), "a")
 
     if not interactive:
         return sample(start)

@@ -306,7 +306,7 @@ def evaluate_due(tasks, run, model, log, stop, seconds):
         if stop.anywhere():
             ending = "asked"
             break
-    parallel.gather(model, hold=False)
+    parallel.release(model)
     val_loss = results["val"]["loss"] if "val" in results else None
     if len(results) == len(now):
         run.evaluated_step = run.step
@@ -354,7 +354,7 @@ def update(model, train_model, optimizers, scaler, order, run, rank, world_size)
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = (grad_norm.full_tensor() if parallel.is_divided(grad_norm) else grad_norm).item()
-    loss = parallel.total(losses).item() / (grad_accum_steps * world_size)
+    loss = parallel.sum_over_ranks(losses).item() / (grad_accum_steps * world_size)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for opt in optimizers:
         for group in opt.param_groups:
