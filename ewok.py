@@ -4,79 +4,96 @@
     EWOK_SRC=my.zip python ewok.py --ckpt=gpt2-xl --items=True
     torchrun --standalone --nproc_per_node=8 ewok.py --ckpt
 
-An item has two contexts C1, C2 and two targets T1, T2; T1 goes with C1, T2 with C2. Scores, each the mean of two
-comparisons of log P(target | context); a tie counts half, so that chance is exactly 0.5:
+An item has two contexts C1, C2 and two targets T1, T2; T1 belongs to C1, and T2 to C2. Each score
+is the mean of two comparisons of log P(target | context); a tie counts half, so that chance is
+exactly 0.5:
 
-context      P(T1|C1) > P(T1|C2) and P(T2|C2) > P(T2|C1): the paper's LogProbs score; `ewok` in log.txt
-target_sum   P(T1|C1) > P(T2|C1) and P(T2|C2) > P(T1|C2), as the BabyLM evaluation compares
-target_mean  the same with the mean log-probability a token
+context      P(T1|C1) > P(T1|C2) and P(T2|C2) > P(T2|C1): the paper's LogProbs; `ewok` in log.txt
+target_sum   P(T1|C1) > P(T2|C1) and P(T2|C2) > P(T1|C2): as the BabyLM evaluation compares
+target_mean  the same with the mean log-probability per token
 
-Items come from the first of: $EWOK_SRC (a zip or a folder), ewok_fast_jsonl.zip, ewok_fast/, and
-ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted its terms. These ask that
-the items do not lie around in plain text: a zip is read in memory, with the password $EWOK_ZIP_PASSWORD (ew2026 by
-default), and no output holds an item's text.
+Items come from the first of these: $EWOK_SRC (a zip or a folder), ewok_fast_jsonl.zip, ewok_fast/,
+and ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted
+its terms. The terms ask not to spread the items as plain text: a zip is read in memory, with the
+password in $EWOK_ZIP_PASSWORD (default: ew2026), and no output contains an item's text.
 """
 
 import json
 import os
 import pathlib
-import sys
 import time
 import zipfile
 import zlib
 
-from configurator import check_numbers, configure
+from configurator import check_min, configure
+from data.tokenizer import encode
+from device import pick_autocast
 from model import load_model
-from parallel import local_first, pick_autocast, run_script, start_processes, sum_over_ranks
 from scoring import score_completions
-from tokenizer import encode
+from script import UserError
+from training.distributed import (
+    init_distributed,
+    local_main_process_first,
+    run_as_distributed_script,
+    sum_over_ranks,
+)
 
 import torch
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
-log_dir = "log"  # where latest is looked for
-items = False  # write each item's numbers to ewok_items.jsonl, beside the checkpoint or in log_dir
-limit = 0  # only the first so many items; 0: all
-batch_tokens = 0  # tokens in a batch; changes memory and speed, not the result; 0: 16384, on a CPU 1024
+ckpt = "latest"  # latest or best (of log_dir), a .pt file, a hub name or a Hugging Face folder
+log_dir = "log"  # the folder in which to look for latest and best
+items = False  # write each item's scores to ewok_items.jsonl, next to the checkpoint or in log_dir
+limit = 0  # use only the first N items; 0: all
+batch_tokens = 0  # tokens per batch, for memory and speed only; 0: 16384, on a CPU 1024
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 
+NAME = "EWoK"
+KIND = "ewok"  # in log.txt
 SCORES = ("context", "target_sum", "target_mean")
-SCORE = "context"  # of evaluate's, in log.txt
+MAIN_METRIC = "context"  # the key of evaluate()'s result that goes to log.txt
 GROUPS = ("Domain", "ContextType", "ContextDiff", "TargetDiff")
 HUB = "ewok-core/ewok-core-1.0"
 
 
 # -- items ------------------------------------------------------------------------
 def load_items(limit=0):
-    """The items, a list of dicts, from the first source there is; exits with one line if there is none."""
+    """The items, a list of dicts, from the first source that exists; else UserError."""
+    # What the user names comes first, and must exist.
     chosen = os.path.expanduser(os.environ.get("EWOK_SRC", ""))
-    source = next((p for p in (chosen, "ewok_fast_jsonl.zip", "ewok_fast") if p and os.path.exists(p)), None)
-    if chosen not in ("", source):
-        sys.exit(f"EWOK_SRC={chosen}: no such file or folder")
-    if source is None:
-        found = load_from_hub()
-    else:
-        files = read_folder(source) if os.path.isdir(source) else read_zip(source)
-        found = [item for name, content in files for item in parse(f"{source}: {name}", content)]
-        if not found:
-            sys.exit(f"{source}: holds no items; expected .jsonl files of them")
-    return found[:limit] if limit else found
+    if chosen and not os.path.exists(chosen):
+        raise UserError(f"EWOK_SRC={chosen}: no such file or folder")
+    sources = [chosen] if chosen else ["ewok_fast_jsonl.zip", "ewok_fast"]
+    sources = [source for source in sources if os.path.exists(source)]
+    items = load_from(sources[0]) if sources else load_from_hub()
+    return items[:limit] if limit else items
+
+
+def load_from(source):
+    """The items in a zip or folder."""
+    files = read_folder(source) if os.path.isdir(source) else read_zip(source)
+    items = []
+    for name, content in files:
+        items += parse_items(f"{source}: {name}", content)
+    if not items:
+        raise UserError(f"{source}: holds no items; expected .jsonl files of them")
+    return items
 
 
 def load_from_hub():
     import datasets
     from huggingface_hub import get_token
 
-    help = f"put ewok_fast_jsonl.zip here, or set EWOK_SRC, or accept the terms of {HUB} and run hf auth login"
+    hint = "put ewok_fast_jsonl.zip here, or set EWOK_SRC, "
+    hint += f"or accept the terms of {HUB} and run hf auth login"
     if get_token() is None:
-        sys.exit(f"there are no EWoK items: {help}")
+        raise UserError(f"there are no EWoK items: {hint}")
     try:
         return list(datasets.load_dataset(HUB, split="test"))
-    except Exception as e:  # whatever `datasets` raises: it has no base class
-        sys.exit(f"cannot get EWoK from {HUB} ({type(e).__name__}): {help}")
+    except Exception as e:  # `datasets` has no base class for its errors
+        raise UserError(f"cannot get EWoK from {HUB} ({type(e).__name__}): {hint}")
 
 
 def read_folder(folder):
@@ -86,64 +103,74 @@ def read_folder(folder):
 
 
 def read_zip(path):
-    """Yield (name, bytes) of the .jsonl files in a zip: plain, ZipCrypto or WinZip AES. In memory."""
+    """Yield (name, bytes) of the .jsonl files in a zip: plain, ZipCrypto or WinZip AES."""
     password = os.environ.get("EWOK_ZIP_PASSWORD", "ew2026").encode()
     opener = zipfile.ZipFile
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
-            if any(info.compress_type == 99 for info in archive.infolist()):  # WinZip AES
-                try:
-                    import pyzipper
-                except ImportError:
-                    sys.exit(f"{path} is encrypted with AES: pip install pyzipper")
-                opener = pyzipper.AESZipFile
+            methods = {info.compress_type for info in archive.infolist()}
+        # Python's zipfile cannot decrypt WinZip's AES.
+        if 99 in methods:  # WinZip AES
+            try:
+                import pyzipper
+            except ImportError:
+                raise UserError(f"{path} is encrypted with AES: pip install pyzipper")
+            opener = pyzipper.AESZipFile
         with opener(path) as archive:
             for name in names:
                 if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
                     yield name, archive.read(name, pwd=password)
-    except RuntimeError as e:  # zipfile's word for a wrong password
-        sys.exit(f"{path}: {e}; set EWOK_ZIP_PASSWORD")
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
-        sys.exit(f"{path}: broken zip, or a wrong EWOK_ZIP_PASSWORD ({e})")
+    except RuntimeError as e:  # zipfile raises it for a wrong password
+        raise UserError(f"{path}: {e}; set EWOK_ZIP_PASSWORD")
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path}: broken zip, or a wrong EWOK_ZIP_PASSWORD ({e})")
 
 
-def parse(where, content):
-    """The items in the bytes of a .jsonl file."""
-    found = []
+def parse_items(location, content):
+    """The items in the bytes of a .jsonl file; raises UserError if a line is not an item."""
+    items = []
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
-            keys = ("Context1", "Context2", "Target1", "Target2")
-            missing = [key for key in keys if not (isinstance(item.get(key), str) and item[key])]
-        except (ValueError, AttributeError):
-            sys.exit(f"{where} line {number}: not a JSON object")
+        except ValueError:
+            item = None
+        if not isinstance(item, dict):
+            raise UserError(f"{location} line {number}: not a JSON object")
+        missing = []
+        for key in ("Context1", "Context2", "Target1", "Target2"):
+            if not isinstance(item.get(key), str) or not item[key]:
+                missing.append(key)
         if missing:
-            sys.exit(f"{where} line {number}: an item without a text in {' and '.join(missing)}")
-        found.append(item)
-    return found
+            fields = " and ".join(missing)
+            raise UserError(f"{location} line {number}: an item without a text in {fields}")
+        items.append(item)
+    return items
 
 
 # -- scores -----------------------------------------------------------------------
 def score_items(model, enc, items, batch_tokens=0):
     """(sums, counts), float64 tensors (len(items), 4), of T1|C1, T1|C2, T2|C1 and T2|C2.
 
-    sums are the log-probabilities of the targets in nats, counts their numbers of tokens.
+    sums are the targets' log-probabilities in nats, counts their numbers of tokens.
     """
+    # The order of the pairs: T1|C1, T1|C2, T2|C1, T2|C2.
     pairs = []
     for item in items:
         contexts = [encode(enc, item[key]).tolist() for key in ("Context1", "Context2")]
         targets = [encode(enc, " " + item[key]).tolist() for key in ("Target1", "Target2")]
-        pairs += [(context, target) for target in targets for context in contexts]
+        for target in targets:
+            pairs += [(context, target) for context in contexts]
     sums, counts = score_completions(model, pairs, batch_tokens)
     return sums.view(-1, 4), counts.view(-1, 4).double()
 
 
 def compare(sums, counts):
-    """{score: (N,) tensor of 0, 0.25, 0.5, 0.75 or 1} from score_items's numbers."""
+    """{score: (N,) tensor of 0, 0.25, 0.5, 0.75 or 1} from score_items()'s result."""
 
+    # 1 for a win, 0.5 for a tie.
     def wins(a, b):
         return (a > b).double() + 0.5 * (a == b).double()
 
@@ -157,89 +184,115 @@ def compare(sums, counts):
 
 
 def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
-    """What a model makes of items, divided among ranks; every rank gets all.
+    """A model's scores on items, split over ranks; every rank gets the full result.
 
-    Returns {"context", "target_sum", "target_mean"} over items, the same with "_domain_avg" as the mean of the domains'
-    means, "count", "seconds", and for each of GROUPS that the items have {"by_<group>": {value: {"context",
-    "target_sum", "target_mean", "count"}}}; and "items", for each {"id", "domain", "sums", "counts", "context",
-    "target_sum", "target_mean"}, without its text.
+    Returns a dict of
+        context, target_sum, target_mean           means over the items
+        context_domain_avg, ...                    means of the domains' means
+        count, seconds
+        by_Domain, ...                             for each of GROUPS that the items have: {value:
+                                                   {"context", "target_sum", "target_mean",
+                                                   "count"}}
+        items                                      for each: {"id", "domain", "sums", "counts",
+                                                   "context", "target_sum", "target_mean"}, no text
     """
-    t0 = time.perf_counter()
+    start = time.perf_counter()
+    # Each rank scores every world_size-th item; the sum over ranks fills the others in.
     numbers = torch.zeros(len(items), 8, dtype=torch.float64)
-    mine = torch.arange(rank, len(items), world_size)
-    for part in tqdm(mine.split(256), desc="EWoK", leave=False, disable=rank != 0):
-        numbers[part] = torch.cat(score_items(model, enc, [items[i] for i in part], batch_tokens), dim=1)
+    my_indices = torch.arange(rank, len(items), world_size)
+    for part in tqdm(my_indices.split(256), desc="EWoK", leave=False, disable=rank != 0):
+        scored = score_items(model, enc, [items[i] for i in part], batch_tokens)
+        numbers[part] = torch.cat(scored, dim=1)
     sums, counts = sum_over_ranks(numbers).split(4, dim=1)
     scores = compare(sums, counts)
 
-    def means(chosen):
-        return {key: values[chosen].mean().item() for key, values in scores.items()} | {"count": len(chosen)}
-
-    result = means(range(len(items)))
+    # Means over all items, and over the items of each domain, context type and so on.
+    result = mean_scores(scores, range(len(items)))
     for group in GROUPS:
-        members = {}
+        indices = {}  # {value: the items that have it}
         for i, item in enumerate(items):
             if item.get(group) is not None:
-                members.setdefault(str(item[group]), []).append(i)
-        if members:
-            result[f"by_{group}"] = {value: means(chosen) for value, chosen in sorted(members.items())}
+                indices.setdefault(str(item[group]), []).append(i)
+        if indices:
+            by_value = {value: mean_scores(scores, indices[value]) for value in sorted(indices)}
+            result[f"by_{group}"] = by_value
+    # The paper averages over domains, so that large ones do not count more.
     domains = result.get("by_Domain", {"": result}).values()
-    result |= {f"{key}_domain_avg": sum(d[key] for d in domains) / len(domains) for key in SCORES}
-    result["seconds"] = time.perf_counter() - t0
-    result["items"] = [
-        {"id": i, "domain": item.get("Domain"), "sums": sums[i].tolist(), "counts": counts[i].int().tolist()}
-        | {key: values[i].item() for key, values in scores.items()}
-        for i, item in enumerate(items)
-    ]
+    for key in SCORES:
+        result[f"{key}_domain_avg"] = sum(domain[key] for domain in domains) / len(domains)
+    result["seconds"] = time.perf_counter() - start
+    result["items"] = []
+    for i, item in enumerate(items):
+        # The terms of EWoK forbid to publish the items: only numbers are kept.
+        record = {"id": i, "domain": item.get("Domain")}
+        record["sums"] = sums[i].tolist()
+        record["counts"] = counts[i].int().tolist()
+        for key, values in scores.items():
+            record[key] = values[i].item()
+        result["items"].append(record)
     return result
 
 
+def mean_scores(scores, indices):
+    """The mean of each score over some items, and their count."""
+    means = {key: values[indices].mean().item() for key, values in scores.items()}
+    means["count"] = len(indices)
+    return means
+
+
 def summary(result):
-    """What evaluate() returns, in a line."""
+    """evaluate()'s result in one line."""
     return f"EWoK {result['context']:.4f} | {result['target_mean']:.4f} target_mean"
 
 
+# -- output -----------------------------------------------------------------------
 def items_path():
-    """The file for the items' numbers, which is not one that a run keeps of its own."""
+    """The file for the items' scores: not one that a training run has written."""
     folder = os.path.dirname(ckpt) if ckpt.endswith(".pt") else log_dir
     os.makedirs(folder or ".", exist_ok=True)
-    path = os.path.join(folder, "ewok_items.jsonl")
-    if os.path.exists(path) and any('"step"' in line for line in open(path)):
-        name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
-        path = os.path.join(folder, f"ewok_items_{name}.jsonl")
+    path = f"{folder}/ewok_items.jsonl"
+    if os.path.exists(path):
+        with open(path) as f:
+            is_of_a_run = any('"step"' in line for line in f)
+        if is_of_a_run:
+            name = os.path.basename(os.path.normpath(ckpt)).removesuffix(".pt")
+            path = f"{folder}/ewok_items_{name}.jsonl"
     return path
 
 
+def print_row(name, scores, suffix="", count=""):
+    context, target_sum, target_mean = (scores[key + suffix] for key in SCORES)
+    print(f"{name:32} {context:8.3f} {target_sum:11.3f} {target_mean:12.3f} {count:>7}")
+
+
 def main():
-    check_numbers(limit=limit, batch_tokens=batch_tokens)
-    rank, world_size, where = start_processes(device)
-    autocast = pick_autocast(dtype, where)
-    found = local_first(lambda: load_items(limit))
-    model, enc = load_model(ckpt, where, log_dir)
+    check_min(0, limit=limit, batch_tokens=batch_tokens)
+    rank, world_size, device_name = init_distributed(device)
+    autocast = pick_autocast(dtype, device_name)
+    loaded = local_main_process_first(lambda: load_items(limit))
+    model, enc = load_model(ckpt, device_name, log_dir)
     with autocast:
-        result = evaluate(model, enc, found, batch_tokens, rank, world_size)
+        result = evaluate(model, enc, loaded, batch_tokens, rank, world_size)
     if rank > 0:
         return
+    # A table: groups first, then all items, then chance.
     print(f"{'':32} {'context':>8} {'target_sum':>11} {'target_mean':>12} {'count':>7}")
-
-    def row(name, r, suffix="", count=""):
-        context, target_sum, target_mean = (r[key + suffix] for key in SCORES)
-        print(f"{name:32} {context:8.3f} {target_sum:11.3f} {target_mean:12.3f} {count:>7}")
-
     for group in GROUPS:
-        for value, r in result.get(f"by_{group}", {}).items():
-            row(f"{group} {value}", r, count=r["count"])
-    row("mean of domains", result, "_domain_avg")
-    row(f"{ckpt}, all items", result, count=result["count"])
-    row("chance", dict.fromkeys(SCORES, 0.5))
+        for value, scores in result.get(f"by_{group}", {}).items():
+            print_row(f"{group} {value}", scores, count=scores["count"])
+    print_row("mean of domains", result, "_domain_avg")
+    print_row(f"{ckpt}, all items", result, count=result["count"])
+    print_row("chance", dict.fromkeys(SCORES, 0.5))
     print(f"{result['seconds']:.1f} seconds")
     if items:
         path = items_path()
         with open(path, "w") as f:
-            f.writelines(json.dumps(record) + "\n" for record in result["items"])
+            for record in result["items"]:
+                f.write(json.dumps(record) + "\n")
         print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    configure(globals())
-    run_script(main)
+    with run_as_distributed_script():
+        configure(globals())
+        main()

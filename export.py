@@ -1,225 +1,173 @@
-"""A checkpoint for the rest of the world: a Hugging Face folder, an ONNX file, or weights to share.
+"""Export a checkpoint: as a Hugging Face folder, an ONNX file, or weights to share.
 
-    python export.py --ckpt --out_dir=hf_model              # AutoModelForCausalLM and AutoTokenizer load it
+    python export.py --ckpt --out_dir=hf_model              # for transformers' Auto classes
     python export.py --format=onnx --out=model.onnx         # input_ids (batch, length) -> logits
-    python export.py --format=pt --out=model.pt             # bfloat16, half the size; sample.py --ckpt=model.pt
+    python export.py --format=pt --out=model.pt             # bfloat16: half the size
 
-The folder needs no code of ours: the model is a GPT2LMHeadModel or, where its settings are theirs, a NanoChat-, Llama-
-or Qwen3ForCausalLM, without the rows that pad the vocabulary; the tokenizer is a byte-level BPE.
+The folder needs none of our code: the model is a GPT2LMHeadModel or, if its settings match, a
+NanoChatForCausalLM or LlamaForCausalLM, without the rows that pad the vocabulary (huggingface.py).
 """
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
 import shutil
-import sys
 
-from configurator import configure
-from model import GPTConfig, load_model
-from shards import write_whole
-from tokenizer import EOT, byte_characters, tokenizer_state
-from weights import LLAMAS, llama_names, turned
+from configurator import check_choice, configure
+from data.tokenizer import EOT, to_tokenizer_json, tokenizer_state
+from device import DTYPES
+from files import atomic_write
+from huggingface import to_hugging_face
+from model import load_model
+from script import UserError, run_as_script
 
 import torch
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
-log_dir = "log"  # where latest is looked for
+ckpt = "latest"  # latest or best (of log_dir), a .pt file, a hub name or a Hugging Face folder
+log_dir = "log"  # the folder in which to look for latest and best
 format = "hf"  # hf (a folder), onnx or pt (files)
-out_dir = "hf_model"  # the folder of --format=hf
-out = ""  # the file of --format=onnx and pt; empty: model.onnx, model.pt
-dtype = "float32"  # of the folder's weights: float32, bfloat16 or float16
+out_dir = "hf_model"  # the folder to write, with --format=hf
+out = ""  # the file to write, with --format=onnx or pt; empty: model.onnx or model.pt
+dtype = "float32"  # the dtype of the folder's weights: float32, bfloat16 or float16
 
 # Text on which the exported tokenizer must agree with the model's own.
 PROBE = (
-    f"It's 12345 o'clock.\n\n  def f(x):\n\treturn x  # naïve 日本語 🙂 ʼs ſ Σς İ {EOT}{EOT} I'LL  \r\n\r\n"
-    " x\u00a0y \u200bz ½ ٣٤ _a-b \n \n"
+    f"It's 12345 o'clock.\n\n  def f(x):\n\treturn x  # naïve 日本語 🙂 ʼs ſ Σς İ {EOT}{EOT} I'LL  "
+    "\r\n\r\n x\u00a0y \u200bz ½ ٣٤ _a-b \n \n"
 )
 
 
-def merges(ranks):
-    """The pair of tokens that each token of a BPE is made of, in the order of rank."""
-    found = []
-    for token in sorted(ranks, key=ranks.get):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # encode the token itself, with only the merges that came before it
-            pairs = [(ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-            i = min(pairs)[1]
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            found.append(tuple(parts))
-    return found
-
-
-def to_hugging_face(enc):
-    """A tokenizers.Tokenizer that encodes as enc does; exits if it cannot."""
+def tokenizer_json(enc):
+    """The text of a tokenizer.json that encodes as enc does; raises UserError if there is none."""
     try:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer
     except ImportError:
-        sys.exit("exporting a tokenizer needs tokenizers: pip install tokenizers (transformers brings it)")
-    characters = byte_characters()
-
-    def text(token):
-        return "".join(characters[b] for b in token)
-
-    ranks = enc._mergeable_ranks
-    pairs = [(text(a), text(b)) for a, b in merges(ranks)]
-    vocab = {text(token): i for token, i in ranks.items()} | enc._special_tokens
-    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
-    pieces = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=enc.name == "gpt2")]
-    if enc.name not in ("gpt2", "bytes"):
-        pieces.insert(0, pre_tokenizers.Split(Regex(enc._pat_str), "isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces) if len(pieces) > 1 else pieces[0]
-    tokenizer.decoder = decoders.ByteLevel()
-    special = sorted(enc._special_tokens, key=enc._special_tokens.get)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    if tokenizer.encode(PROBE).ids != enc.encode(PROBE, allowed_special="all"):
-        why = "its pattern means something else to Hugging Face's tokenizers; those of train_tokenizer.py do not"
-        sys.exit(f"the tokenizer {enc.name} cannot be exported: {why}")
-    return tokenizer
-
-
-def gpt2(model):
-    """(config.json's dict, {name: tensor}) of a model as transformers' GPT2LMHeadModel."""
-    c = model.config
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
-    config |= {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-    config |= {"n_inner": None, "layer_norm_epsilon": 1e-5}
-    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-        tensors[name] = tensor.t() if turned else tensor  # OpenAI's Conv1D holds (in, out)
-    return config, tensors
-
-
-def llama(model, kind):
-    """The same as one of LLAMAS: LlamaForCausalLM, or one of its kin."""
-    c = model.config
-    acts = {"swiglu": "silu", "relu2": "relu2", "gelu": "gelu_pytorch_tanh"}
-    config = {"architectures": [f"{LLAMAS[kind]}ForCausalLM"], "model_type": kind, "hidden_act": acts[c.mlp]}
-    config |= {"hidden_size": c.n_embd, "intermediate_size": model.transformer.h[0].mlp.c_proj.in_features}
-    config |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_head}
-    config |= {"head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size}
-    config |= {"rms_norm_eps": model.transformer.ln_f.eps, "rope_theta": 10000.0, "rope_scaling": None}
-    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # transformers from 5 on
-    config |= {"attention_bias": False, "mlp_bias": False}
-    if kind == "nanochat":
-        config["final_logit_softcapping"] = c.softcap or None
-    weights, tensors = model.state_dict(), {}
-    for ours, theirs in llama_names(kind, c.n_layer, c.tied).items():
-        parts = weights[f"{ours}.weight"].chunk(len(theirs))
-        tensors |= {f"{x}.weight": turned(kind, x, part, c.n_head) for x, part in zip(theirs, parts, strict=True)}
-    return config, tensors
-
-
-def to_architecture(model):
-    """gpt2(model) or llama(model), whichever the model is; exits if it is neither."""
-    c = model.config
-    fields = ("pos", "norm", "mlp", "qk_norm", "bias", "embd_norm", "softcap", "tied")
-    parts = {key: getattr(c, key) for key in fields}
-    if parts == {key: getattr(GPTConfig, key) for key in fields}:
-        return gpt2(model)
-    same = (c.pos, c.bias) == ("rope", False)
-    if same and (c.norm, c.qk_norm, c.embd_norm) == ("weightless", True, True) and c.mlp != "swiglu":
-        return llama(model, "nanochat")
-    if same and (c.norm, c.mlp, c.embd_norm, c.softcap, c.tied) == ("rmsnorm", "swiglu", False, 0, True):
-        return llama(model, "qwen3" if c.qk_norm else "llama")
-    parts = ", ".join(f"{key}={value}" for key, value in parts.items())
-    sys.exit(f"no architecture of transformers has {parts}; --format=pt and onnx take any")
+        raise UserError("exporting a tokenizer needs tokenizers: pip install tokenizers")
+    # Both libraries must make the same tokens of a difficult text.
+    text = json.dumps(to_tokenizer_json(enc), ensure_ascii=False)
+    if Tokenizer.from_str(text).encode(PROBE).ids != enc.encode(PROBE, allowed_special="all"):
+        raise UserError(
+            f"the tokenizer {enc.name} cannot be exported: its pattern means something else to "
+            "Hugging Face's tokenizers; those of train_tokenizer.py do not"
+        )
+    return text
 
 
 def write_folder(model, enc, folder, dtype):
-    """Write config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json."""
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
     from safetensors.torch import save
 
-    config, weights = to_architecture(model)
-    tokenizer = to_hugging_face(enc)
-    ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
-    config |= {"vocab_size": enc.n_vocab, "tie_word_embeddings": model.config.tied, "dtype": str(dtype)[6:], **ends}
+    # The model.
+    config, tensors = to_hugging_face(model, enc.n_vocab)
+    special_tokens = {
+        "bos_token_id": enc.eot_token,
+        "eos_token_id": enc.eot_token,
+        "pad_token_id": enc.eot_token,
+    }
+    config |= {"dtype": str(dtype).removeprefix("torch."), **special_tokens}
+    # The tokenizer: <|endoftext|> has all special roles, as in GPT-2.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.block_size,
         "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT),
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "unk_token": EOT,
+        "pad_token": EOT,
     }
-    if model.config.tied:
-        weights.pop("lm_head.weight", None)
-    for name in {"transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
-        weights[name] = weights[name][: enc.n_vocab]
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     files = {
         "config.json": json.dumps(config, indent=2).encode(),
-        "generation_config.json": json.dumps(ends, indent=2).encode(),
-        "tokenizer.json": tokenizer.to_str().encode(),
+        "generation_config.json": json.dumps(special_tokens, indent=2).encode(),
+        "tokenizer.json": tokenizer_json(enc).encode(),
         "tokenizer_config.json": json.dumps(tokenizer_config, indent=2).encode(),
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
+    # Nothing is written before all of it is there.
     os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
-        write_whole(os.path.join(folder, name), lambda f, content=content: f.write(content))
+        atomic_write(f"{folder}/{name}", lambda f, content=content: f.write(content))
 
 
 def write_onnx(model, path):
-    """Write the model as ONNX: input_ids (batch, length), int64, to logits (batch, length, vocab_size)."""
+    """Write ONNX: input_ids (batch, length), int64, -> logits (batch, length, vocab_size)."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        sys.exit("--format=onnx needs onnx and onnxscript: pip install onnx onnxscript")
+        raise UserError("--format=onnx needs onnx and onnxscript: pip install onnx onnxscript")
     if 4 * model.num_params() > 2e9:
-        sys.exit("--format=onnx: a file of ONNX holds 2 GB at most, this model is larger; use --format=hf")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
-    model.requires_grad_(False)  # no backward pass of our own in it
+        raise UserError(
+            "--format=onnx: an ONNX file holds 2 GB at most, this model is larger; use --format=hf"
+        )
+    # It warns that torchvision is missing, which is not needed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model.requires_grad_(False)  # so that the graph has no custom autograd.Function
+    # Batch and length stay free in the graph.
     length = torch.export.Dim("length", min=1, max=model.config.block_size)
     program = torch.onnx.export(
-        model, (torch.zeros(2, 8, dtype=torch.long),),
-        input_names=["input_ids"], output_names=["logits"],
+        model,
+        (torch.zeros(2, 8, dtype=torch.long),),
+        input_names=["input_ids"],
+        output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch"), 1: length},),
-        dynamo=True, verbose=False,
-    )  # fmt: skip
-    write_whole(path, lambda f: f.write(program.model_proto.SerializeToString()))
+        dynamo=True,
+        verbose=False,
+    )
+    atomic_write(path, lambda f: f.write(program.model_proto.SerializeToString()))
 
 
 def write_pt(model, enc, path):
-    """Write a checkpoint with the weights in bfloat16 and nothing of the run they come from."""
+    """Write a checkpoint with weights in bfloat16 and nothing about the run they come from."""
+    # The same format as a checkpoint of a run, so that everything that takes one takes this.
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    if model.config.tied:
-        state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor, saved once
-    checkpoint = {"model": state, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer_state(enc)}
-    checkpoint |= {"step": 0, "val_loss": None, "settings": {}}
-    write_whole(path, lambda f: torch.save(checkpoint, f))
+    if model.config.tie_embeddings:
+        state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor, stored once
+    checkpoint = {
+        "model": state,
+        "config": dataclasses.asdict(model.config),
+        "step": 0,
+        "val_loss": None,
+        "settings": {},
+        "tokenizer": tokenizer_state(enc),
+    }
+    atomic_write(path, lambda f: torch.save(checkpoint, f))
 
 
 def main():
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if format not in ("hf", "onnx", "pt"):
-        sys.exit(f"--format={format}: choose hf, onnx or pt")
-    if dtype not in dtypes:
-        sys.exit(f"--dtype={dtype}: choose {', '.join(dtypes)}")
+    check_choice("format", format, ("hf", "onnx", "pt"))
+    check_choice("dtype", dtype, tuple(DTYPES))
+    # An export never replaces anything.
+    key = "out_dir" if format == "hf" else "out"
     path = out_dir if format == "hf" else out or f"model.{format}"
-    if os.path.exists(path) and not (format == "hf" and os.path.isdir(path) and not os.listdir(path)):
-        sys.exit(f"{'--out_dir' if format == 'hf' else '--out'}={path}: exists already; choose another, or delete it")
+    is_empty_folder = os.path.isdir(path) and not os.listdir(path)
+    if os.path.exists(path) and not (format == "hf" and is_empty_folder):
+        raise UserError(f"--{key}={path}: exists already; choose another, or delete it")
     model, enc = load_model(ckpt, "cpu", log_dir)
     try:
         if format == "hf":
-            write_folder(model, enc, path, dtypes[dtype])
-            print(f"{path}: {model.num_params() / 1e6:.2f}M parameters in {dtype}, tokenizer {enc.name}")
-            print(f"  AutoModelForCausalLM.from_pretrained({path!r}), AutoTokenizer.from_pretrained({path!r})")
+            write_folder(model, enc, path, DTYPES[dtype])
+            size = f"{model.num_params() / 1e6:.2f}M parameters in {dtype}"
+            print(f"{path}: {size}, tokenizer {enc.name}")
+            print(f"  AutoModelForCausalLM.from_pretrained({path!r})")
+            print(f"  AutoTokenizer.from_pretrained({path!r})")
         elif format == "onnx":
             write_onnx(model, path)
-            print(f"{path}: input_ids (batch, length) -> logits; length up to {model.config.block_size}")
+            shape = f"length up to {model.config.block_size}"
+            print(f"{path}: input_ids (batch, length) -> logits; {shape}")
         else:
             write_pt(model, enc, path)
-            print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB; python sample.py --ckpt={path}")
+            megabytes = os.path.getsize(path) / 1e6
+            print(f"{path}: {megabytes:.1f} MB; python sample.py --ckpt={path}")
     except OSError as e:
-        if format == "hf":  # which was not there before, or empty: half of one would be refused the next time
+        if format == "hf":  # it was absent or empty before: half of it would block the next export
             shutil.rmtree(path, ignore_errors=True)
-        sys.exit(f"{path}: cannot be written ({e.strerror or e})")
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})")
 
 
 if __name__ == "__main__":
-    configure(globals())
-    main()
+    with run_as_script():
+        configure(globals())
+        main()

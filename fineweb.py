@@ -1,14 +1,15 @@
-"""Text to token shards: FineWeb-Edu, another dataset, or your own files, tokenized for train_gpt2.py.
+"""Text to token shards: FineWeb-Edu, another dataset, or your own files.
 
-    python fineweb.py                                          # FineWeb-Edu sample-10BT -> edu_fineweb10B/
+    python fineweb.py                                          # FineWeb-Edu sample-10BT
     python fineweb.py --subset=sample-100BT --out_dir=edu_fineweb100B
-    python fineweb.py --dataset=my_texts --out_dir=my_shards   # .txt .md .jsonl .json .csv .tsv .parquet, .gz .zst ...
-    python fineweb.py --dataset=fineweb-edu-gpt2 --max_tokens=1e9 --out_dir=edu1B    # tokenized already: 2 GB, minutes
-    python fineweb.py --dataset=roneneldan/TinyStories --out_dir=stories       # any dataset of the Hugging Face hub
+    python fineweb.py --dataset=my_texts --out_dir=my_shards   # .txt .jsonl .parquet ...
+    python fineweb.py --dataset=roneneldan/TinyStories --out_dir=stories    # any of the hub's
     python fineweb.py --dataset=tinyshakespeare --tokenizer=bytes --out_dir=shakespeare
+    python fineweb.py --dataset=fineweb-edu-gpt2 --max_tokens=1e9 --out_dir=edu1B
 
-Streams by default, so that the first shards exist minutes after the start. Stopped or killed, the same command goes on
-behind the last whole shard. documents.py has what is read, shards.py the format of what is written.
+Streams by default, so that the first shards exist minutes after the start. If stopped or killed,
+the same command continues after the last complete shard. data/documents.py says what is read,
+data/shards.py what is written.
 """
 
 import collections
@@ -20,124 +21,288 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import threading
 
-from configurator import check_numbers, configure, cores, from_environment
-from documents import TINYSHAKESPEARE, Documents, More, read_text
-from shards import ShardWriter, download, has_shards, lock_folder, read_meta, token_dtype
-from tokenized import Tokens, is_tokenized
-from tokenizer import EOT, encode, load_tokenizer, new_encoding
+from configurator import check_min, configure
+from data.documents import TINYSHAKESPEARE, Documents
+from data.readers import Continuation, read_text
+from data.shard_writer import ShardWriter, count_documents, token_dtype, write_meta
+from data.shards import has_shards, open_shard, read_meta
+from data.tokenizer import EOT, encode, load_tokenizer, new_encoding, token_byte_lengths
+from files import download, lock_folder
+from script import UserError, env_int, explain_error, num_cpus, run_as_script
 
 import numpy as np
 import requests
 from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
-dataset = "fineweb-edu"  # a name (see HUB in documents.py), fineweb-edu-gpt2 (its tokens), owner/name, a file, a folder
-subset = ""  # of a dataset of the hub; empty: sample-10BT of fineweb(-edu), whose others are sample-100BT, default ...
-split = "train"  # of a dataset of the hub
+dataset = "fineweb-edu"  # fineweb-edu, fineweb-edu-gpt2 (tokens), a hub name, a file or a folder
+subset = ""  # the hub dataset's subset; empty: sample-10BT of fineweb(-edu)
+split = "train"  # the hub dataset's split
 text_column = "text"  # the column that holds the text; data.text is one inside another
-out_dir = "edu_fineweb10B"  # where the shards go
-tokenizer = "gpt2"  # gpt2, bytes, or the path of a tokenizer.json or of a Hugging Face model's folder
-shard_size = 100_000_000  # tokens a shard
-val_tokens = 0  # tokens for validation; 0: one shard or, of less than two shards, the last tenth
+out_dir = "edu_fineweb10B"  # the folder to write shards to
+tokenizer = "gpt2"  # gpt2, bytes, the path of a tokenizer.json, or a Hugging Face model's folder
+shard_size = 100_000_000  # tokens per shard
+val_tokens = 0  # tokens for validation; 0: one shard, or the last tenth of less than two shards
 max_tokens = 0  # stop after this many tokens; 0: take all
 streaming = True  # read while downloading; False downloads everything first
-shuffle_buffer = 0  # shuffle documents through a buffer of this many as they stream; 0: leave their order
-seed = 1337  # of that shuffle
+
+# Datasets of the hub that are llm.c's .bin shards of GPT-2 tokens.
+TOKENIZED = {
+    "fineweb-edu-gpt2": "karpathy/fineweb-edu-100B-gpt2-token-shards",
+    "kjj0/finewebedu10B-gpt2": "kjj0/finewebedu10B-gpt2",
+    "kjj0/fineweb10B-gpt2": "kjj0/fineweb10B-gpt2",
+}
+TOKENIZED |= {name: name for name in list(TOKENIZED.values())}
 
 
-# -- tokens -----------------------------------------------------------------------
+# -- tokenizing -------------------------------------------------------------------
 def encode_documents(texts, enc, dtype):
-    """The token ids of documents, each behind its <|endoftext|>, as one array of dtype."""
-    # All in one call, which is 5% faster than one for each text: it waits for the GIL once.
-    whole = sum(not isinstance(text, More) for text in texts)
+    """The token ids of documents, each preceded by <|endoftext|>, as one array of dtype."""
+    # In one call, which is 5% faster than one per text: it waits for the GIL once.
+    num_documents = 0
+    parts = []
+    for text in texts:
+        if not isinstance(text, Continuation):
+            num_documents += 1
+            parts.append(EOT)
+        parts.append(text)
     with contextlib.suppress(UnicodeEncodeError, ValueError):
-        joined = "".join(text if isinstance(text, More) else EOT + text for text in texts)
-        ids = enc.encode_to_numpy(joined, allowed_special=enc.special_tokens_set, disallowed_special=())
-        if np.count_nonzero(ids == enc.eot_token) == whole:  # else a text spells it out: no token there
+        ids = enc.encode_to_numpy(
+            "".join(parts), allowed_special=enc.special_tokens_set, disallowed_special=()
+        )
+        # Otherwise a text contains <|endoftext|>, which is no token there.
+        if np.count_nonzero(ids == enc.eot_token) == num_documents:
             return ids.astype(dtype)
-    parts = [[] if isinstance(text, More) else [enc.eot_token] for text in texts]
-    ids = [encode(enc, text) for text in texts]
-    return np.concatenate([x for pair in zip(parts, ids, strict=True) for x in pair]).astype(dtype)
+    # The slow way, text by text.
+    arrays = []
+    for text in texts:
+        if not isinstance(text, Continuation):
+            arrays.append([enc.eot_token])
+        arrays.append(encode(enc, text))
+    return np.concatenate(arrays).astype(dtype)
 
 
 def tokenize(texts, enc, dtype, batch_chars=1 << 19):
-    """Yield (tokens, state) of batches of about batch_chars characters of documents, in order.
+    """Yield (tokens, state) for batches of about batch_chars characters of documents, in order.
 
-    tokens is an array of their token ids, state what texts.state was behind the last of them, or None. Threads are
-    enough to use all cores: tiktoken releases the GIL, and returns arrays, so nothing is pickled. At most four batches
-    a core are under way, so memory does not grow with the corpus.
+    tokens is an array of token ids; state is what texts.state was after the last document, or None.
+    Threads use all cores: tiktoken releases the GIL and returns arrays, so nothing is pickled. At
+    most four batches per core are in flight, so memory does not grow with the corpus.
     """
-    own = threading.local()
+    local = threading.local()
 
-    def work(batch):
-        if not hasattr(own, "enc"):
-            # Rust's regular expressions are fastest in the first thread that uses them: a copy for each, 1.13x
-            own.enc = new_encoding(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
-        return encode_documents(batch, own.enc, dtype)
+    def encode_batch(batch):
+        if not hasattr(local, "enc"):
+            # Rust's regex is fastest in the first thread that uses it: a copy per thread, 1.13
+            # times the speed.
+            local.enc = new_encoding(
+                enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens
+            )
+        return encode_documents(batch, local.enc, dtype)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        under_way = collections.deque()  # (future, state)
+    # Results are taken in the order in which the batches were submitted.
+    with ThreadPoolExecutor(num_cpus()) as pool:
+        in_flight = collections.deque()  # (future, state)
 
-        def finish():
-            future, state = under_way.popleft()
+        def submit(batch):
+            in_flight.append((pool.submit(encode_batch, batch), getattr(texts, "state", None)))
+
+        def next_result():
+            future, state = in_flight.popleft()
             return future.result(), state
 
-        batch, chars = [], 0
+        # Collect documents until they make a batch.
+        batch = []
+        chars = 0
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
-                under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
-                batch, chars = [], 0
-                if len(under_way) > 4 * cores():
-                    yield finish()
+                submit(batch)
+                batch = []
+                chars = 0
+                if len(in_flight) > 4 * num_cpus():
+                    yield next_result()
         if batch:
-            under_way.append((pool.submit(work, batch), getattr(texts, "state", None)))
-        while under_way:
-            yield finish()
+            submit(batch)
+        while in_flight:
+            yield next_result()
 
 
-# -- shards -----------------------------------------------------------------------
-def write_shards(texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, val_tokens=0, **about):
-    """Tokenize documents into shards in out_dir; returns meta.json's dict. Exits if there are none.
+def write_shards(
+    texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, val_tokens=0, **about
+):
+    """Tokenize documents into shards in out_dir; returns meta.json's dict.
 
-    `prefix` opens the shards' names; `about` goes into meta.json: dataset, subset, seed. Where out_dir holds the
-    beginning of these shards, goes on from there; texts is then a Documents or a Tokens.
+    `prefix` starts the names of the shards; `about` goes into meta.json: dataset, subset, seed. If
+    out_dir holds the start of these shards, they are continued; texts is then a Documents. Raises
+    UserError if there are no documents.
     """
-    writer = ShardWriter(out_dir, prefix, enc, shard_size, about | {"max_tokens": max_tokens}, val_tokens)
+    # Other settings make other shards: meta.json stores them.
+    about["max_tokens"] = max_tokens
+    writer = ShardWriter(out_dir, prefix, enc, shard_size, about, val_tokens)
     if writer.meta["complete"]:
         print(f"{out_dir} is complete already: nothing to do")
         return writer.meta
+    # An interrupted command left the start of these shards.
     if writer.state:
         texts.state = writer.state
-        print(f"{out_dir} has {len(writer.meta['shards'])} shards: going on behind them")
-    bar = tqdm(total=max_tokens or None, initial=writer.taken, unit="tok", unit_scale=True, desc=out_dir)
-    made = texts.batches(enc) if isinstance(texts, Tokens) else tokenize(texts, enc, token_dtype(enc))
-    with writer.pool, bar, contextlib.closing(made) as batches:  # whatever happens, the shard on its way is finished
+        print(f"{out_dir} has {len(writer.meta['shards'])} shards: continuing after them")
+    bar = tqdm(
+        total=max_tokens or None, initial=writer.received, unit="tok", unit_scale=True, desc=out_dir
+    )
+    batches = contextlib.closing(tokenize(texts, enc, token_dtype(enc)))
+    # Whatever happens, leaving writer.pool completes the shard that is being written.
+    with writer.pool, bar, batches as batches:
         for tokens, state in batches:
-            tokens = tokens[: max_tokens - writer.taken] if max_tokens else tokens
+            # The last document may be cut.
+            if max_tokens:
+                tokens = tokens[: max_tokens - writer.received]
             writer.add(tokens, state)
             bar.update(len(tokens))
-            if writer.taken == max_tokens:
+            if writer.received == max_tokens:
                 break
-        if not writer.taken and getattr(texts, "report", str)():
-            sys.exit(f"{out_dir} would be empty: {texts.report()}")
+        report = texts.report() if hasattr(texts, "report") else ""
+        if not writer.received and report:
+            raise UserError(f"{out_dir} would be empty: {report}")
         return writer.close()
 
 
+# -- tokens made by others ----------------------------------------------------------
+def list_token_shards(repository, max_tokens):
+    """{file: bytes} of .bin files on the hub, validation first; enough for max_tokens."""
+    from huggingface_hub import HfApi
+
+    try:
+        tree = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True)
+        sizes = {entry.path: getattr(entry, "size", 0) for entry in tree}
+    except Exception as e:  # huggingface_hub and the network raise many types
+        raise UserError(
+            f"cannot reach {repository} on the hub ({type(e).__name__}): go online, or try again "
+            "later"
+        )
+    # Validation shards first: training needs both kinds to start.
+    names = [name for name in sizes if name.endswith(".bin")]
+    names.sort(key=lambda name: ("val" not in name, name))
+    chosen = {}
+    tokens = 0
+    for name in names:
+        if not max_tokens or tokens < max_tokens:
+            chosen[name] = sizes[name]
+            tokens += (sizes[name] - 1024) // 2
+    if not chosen:
+        raise UserError(f"{repository}: there are no .bin files on the hub")
+    return chosen
+
+
+def fetch_files(repository, sizes, out_dir):
+    """Download files of a dataset on the hub, {name: bytes}, several at once; yield (name, path).
+
+    They are yielded in order. Each is complete or absent, and a partial download is continued.
+    """
+    from huggingface_hub import hf_hub_download
+
+    stopped = threading.Event()
+    bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=out_dir)
+
+    class Progress(tqdm):
+        """The progress of one file, added to the bar of all; ends the download when stopped."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n=1):
+            if stopped.is_set():
+                raise InterruptedError("stopped")
+            bar.update(n)
+
+    def fetch(name):
+        kwargs = {"repo_type": "dataset", "local_dir": out_dir, "tqdm_class": Progress}
+        path = hf_hub_download(repository, name, **kwargs)
+        if os.path.getsize(path) != sizes[name]:
+            path = hf_hub_download(repository, name, **kwargs, force_download=True)
+        return path
+
+    with ThreadPoolExecutor(4) as pool, bar:
+        futures = {name: pool.submit(fetch, name) for name in sizes}
+        try:
+            for name, future in futures.items():
+                yield name, future.result()
+        finally:
+            # Whatever happens, do not wait for files that nobody needs any more.
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def download_token_shards(dataset, enc, out_dir, max_tokens=0):
+    """Download .bin shards of GPT-2 tokens from the hub; returns meta.json's dict.
+
+    meta.json lists the shards as they arrive, in order, so that training can start after the
+    second. The same command continues an interrupted download.
+    """
+    repository = TOKENIZED[dataset]
+    # As fineweb.py writes it for text, so that nothing else needs to know the difference.
+    meta = {
+        "dataset": "fineweb-edu" if "edu" in repository else dataset,
+        "subset": repository,
+        "seed": None,
+        "max_tokens": max_tokens,
+        "tokenizer": "gpt2",
+        "vocab_size": enc.n_vocab,
+        "dtype": "uint16",
+        "complete": False,
+        "shards": [],
+    }
+    # What an interrupted download has completed stays.
+    old = read_meta(out_dir)
+    if old and old.get("subset") == repository:
+        meta["shards"] = old["shards"]
+    elif old or has_shards(out_dir):
+        raise UserError(f"{out_dir} holds other shards: choose another --out_dir, or delete it")
+    sizes = list_token_shards(repository, max_tokens)
+    write_meta(out_dir, meta)  # first: a folder without meta.json is taken for a complete one
+    for shard in meta["shards"]:
+        sizes.pop(shard["file"], None)
+    byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
+    try:
+        with contextlib.closing(fetch_files(repository, sizes, out_dir)) as files:
+            for name, path in files:
+                tokens = open_shard(path)
+                documents, num_bytes = count_documents(tokens, enc, byte_lengths)
+                split = "val" if "val" in name else "train"
+                shard = {"file": name, "split": split, "tokens": len(tokens)}
+                meta["shards"].append({**shard, "documents": documents, "bytes": num_bytes})
+                write_meta(out_dir, meta)
+    except UserError:
+        raise
+    except Exception as e:  # huggingface_hub and the network raise many types
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise UserError(f"cannot download {repository}: {reason}; the same command continues")
+    meta["complete"] = True
+    write_meta(out_dir, meta)
+    shutil.rmtree(f"{out_dir}/.cache", ignore_errors=True)
+    return meta
+
+
+# -- the demo -----------------------------------------------------------------------
 def make_demo_shards(out_dir, keep=False):
     """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
 
-    With keep, shards that are there stay. Only the first process of a machine makes any.
+    keep: do nothing if there are complete shards. Only the first process of a machine makes any.
     """
-    there = keep and has_shards(out_dir) and (read_meta(out_dir) or {}).get("complete")
-    if from_environment("LOCAL_RANK", 0) > 0 or there:
+    if env_int("LOCAL_RANK", 0) > 0:
         return
-    print("there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo")
+    if keep and has_shards(out_dir):
+        meta = read_meta(out_dir)
+        if meta and meta["complete"]:
+            return
+    print(
+        "there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo"
+    )
+    # Which text? The user's, a download, or what every Python installation has.
     source = "input.txt"
     if not os.path.exists(source):
         try:
@@ -149,59 +314,107 @@ def make_demo_shards(out_dir, keep=False):
         paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
         np.random.default_rng(0).shuffle(paths)
     texts = itertools.chain.from_iterable(map(read_text, paths))
-    for path in (*glob.glob(os.path.join(out_dir, "demo_*.npy")), os.path.join(out_dir, "meta.json")):
-        if os.path.exists(path):
-            os.remove(path)
+
+    # Remove an earlier demo's shards, complete or not.
+    for path in glob.glob(f"{out_dir}/demo_*.npy"):
+        os.remove(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f"{out_dir}/meta.json")
+    max_tokens = 2_000_000
     about = {"dataset": source, "subset": None, "seed": None}
-    write_shards(texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=2_000_000, **about)
-    cut_off = ", its first 2,000,000 bytes" if source == "input.txt" and os.path.getsize(source) > 2e6 else ""
-    print(f"on {source}{cut_off}")
+    write_shards(texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=max_tokens, **about)
+    note = ""
+    if source == "input.txt" and os.path.getsize(source) > max_tokens:
+        note = f", its first {max_tokens:,} bytes"
+    print(f"on {source}{note}")
+
+
+# -- main ---------------------------------------------------------------------------
+def write_dataset(enc):
+    """Write the shards of the dataset in the settings; returns (meta.json's dict, report)."""
+    # Tokens made by others, or text.
+    if dataset in TOKENIZED:
+        if enc.name != "gpt2":
+            raise UserError(
+                f"--dataset={dataset}: holds GPT-2's tokens; leave out --tokenizer={tokenizer}"
+            )
+        return download_token_shards(dataset, enc, out_dir, max_tokens), ""
+    default_subset = "sample-10BT" if dataset.startswith("fineweb") else None
+    name = subset or default_subset
+    texts = Documents(dataset, name, text_column, streaming, split)
+    about = {
+        "dataset": dataset,
+        "subset": name,
+        "seed": None,  # nothing is random here: the trainer shuffles
+        "text_column": text_column,
+        "streaming": streaming,
+    }
+    if split != "train":
+        about["split"] = split
+    prefix = "edufineweb"  # build-nanogpt's
+    if dataset != "fineweb-edu":
+        prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))
+    meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_tokens, **about)
+    return meta, texts.report()
+
+
+def check_dataset():
+    """Raise UserError if the dataset is a local file or folder of tokens."""
+    names = [dataset] if os.path.isfile(dataset) else []
+    if os.path.isdir(dataset):
+        names = os.listdir(dataset)
+    if any(name.endswith(".bin") for name in names):
+        folder = dataset if os.path.isdir(dataset) else os.path.dirname(dataset) or "."
+        raise UserError(
+            f"--dataset={dataset}: holds .bin tokens, which need no conversion: "
+            f"python train_gpt2.py --data_dir={shlex.quote(folder)}"
+        )
 
 
 def main():
-    check_numbers(1, shard_size=shard_size)
-    check_numbers(val_tokens=val_tokens, max_tokens=max_tokens, shuffle_buffer=shuffle_buffer, seed=seed)
+    check_min(1, shard_size=shard_size)
+    check_min(0, val_tokens=val_tokens, max_tokens=max_tokens)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        sys.exit(f"--out_dir={out_dir}: is a file, expected a folder")
+        raise UserError(f"--out_dir={out_dir}: is a file, expected a folder")
+    check_dataset()
+    # Lock the folder, so that no other process writes to it.
     enc = load_tokenizer(tokenizer)
-    part, val_size = subset or ("sample-10BT" if dataset.startswith("fineweb") else None), val_tokens
-    if is_tokenized(dataset):
-        if enc.name != "gpt2":
-            sys.exit(f"--dataset={dataset}: holds GPT-2's tokens; leave out --tokenizer={tokenizer}")
-        texts = Tokens(dataset, os.path.join(out_dir, ".fetching"), max_tokens)
-        val_size = val_tokens or texts.val_tokens()
-        name = "fineweb-edu" if "edu" in dataset and texts.remote else dataset  # the text that it is made of
-        about = {"dataset": name, "subset": texts.dataset, "seed": None}
-    else:
-        texts = Documents(dataset, part, text_column, streaming, shuffle_buffer, seed, split=split)
-        about = {"dataset": dataset, "subset": part, "seed": seed} | ({"split": split} if split != "train" else {})
-        about |= {"text_column": text_column, "streaming": streaming, "shuffle_buffer": shuffle_buffer}
-    prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))  # "edufineweb" is build-nanogpt's
-    prefix = "edufineweb" if dataset == "fineweb-edu" else prefix
-    made = not os.path.exists(out_dir)
+    is_new = not os.path.exists(out_dir)
     lock = lock_folder(out_dir)
     try:
-        meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_size, **about)
-        shutil.rmtree(os.path.join(out_dir, ".fetching"), ignore_errors=True)
+        meta, report = write_dataset(enc)
     finally:
         lock.release()
-        if made and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing
+        if is_new and os.listdir(out_dir) == [".lock"]:  # a mistake leaves nothing behind
             shutil.rmtree(out_dir)
+    # What is there now, and what to do with it.
     for name in ("val", "train"):
         shards = [shard for shard in meta["shards"] if shard["split"] == name]
-        tokens, docs, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
-        print(f"{name}: {len(shards)} shards, {docs:,} documents, {tokens:,} tokens, {size:,} bytes")
-    if texts.report():
-        print(texts.report())
+        documents = sum(shard["documents"] for shard in shards)
+        tokens = sum(shard["tokens"] for shard in shards)
+        num_bytes = sum(shard["bytes"] for shard in shards)
+        counts = f"{documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes"
+        print(f"{name}: {len(shards)} shards, {counts}")
+    if report:
+        print(report)
     command = f"python train_gpt2.py --data_dir={shlex.quote(out_dir)}"
     print(f"train GPT-2 124M on them: {command}; on a laptop add --preset=tiny")
 
 
+def explain(error):
+    """One line for an error that is not a bug, None for others."""
+    if isinstance(error, OSError):
+        reason = f"{error.filename or out_dir}: {error.strerror or error}"
+        return f"{reason}; when that is solved, the same command continues"
+    return explain_error(error)
+
+
 if __name__ == "__main__":
-    configure(globals())
-    try:
-        main()
-    except OSError as e:
-        sys.exit(f"{e.filename or out_dir}: {e.strerror or e}; mended, the same command goes on")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command goes on behind the whole shards in {out_dir}")
+    with run_as_script(explain):
+        configure(globals())
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise UserError(
+                f"stopped; the same command continues after the complete shards in {out_dir}"
+            )

@@ -1,9 +1,10 @@
-"""GPT-2: the model, how it generates, and how its weights are loaded; functions.py has the arithmetic of its loss.
+"""GPT-2: the model, its loss, how it generates, and how its weights are loaded.
 
-Architecture and initialisation follow OpenAI's release (https://github.com/openai/gpt-2) and the GPT-2 and GPT-3
-papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied embeddings. State-dict names are those of
-Hugging Face's GPT2LMHeadModel; given the same weights so are the logits. GPTConfig's later fields each exchange one of
-these parts for what came after it; the defaults are GPT-2.
+Architecture and initialization follow OpenAI's release (https://github.com/openai/gpt-2) and the
+GPT-2 and GPT-3 papers: learned positions, pre-LayerNorm with bias, tanh-GELU, fused QKV, tied
+embeddings. State-dict names are those of Hugging Face's GPT2LMHeadModel; with the same weights the
+logits are equal too. The last fields of GPTConfig replace parts of GPT-2 by later inventions; with
+the defaults it is GPT-2.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
     model, enc = load_model("latest")                                  # newest log/model_*.pt
@@ -11,21 +12,26 @@ these parts for what came after it; the defaults are GPT-2.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
-import math
 import os
 import re
 import sys
 
-from functions import LinearCrossEntropy, RMSNormalize, capped
-from parallel import is_rank_0
-from tokenizer import load_tokenizer
-from weights import OPENAI_MODELS, download_model, find_checkpoint, read_checkpoint, read_hugging_face, tokenizer_beside
+from data.tokenizer import load_tokenizer
+from huggingface import OPENAI_MODELS, download_model, read_hugging_face, tokenizer_from_folder
+from kernels import (
+    LinearCrossEntropy,
+    attention,
+    checkpoint_block,
+    layer_norm,
+    rms_norm,
+    softcap_logits,
+)
+from script import UserError, is_rank_0
+from training.checkpoint import find_checkpoint, read_checkpoint
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 @dataclass
@@ -35,121 +41,141 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    pos: str = "learned"  # or rope
-    norm: str = "layernorm"  # or rmsnorm, weightless (RMSNorm without weights)
-    mlp: str = "gelu"  # or swiglu, relu2
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys
-    bias: bool = True  # in linear layers and LayerNorms
-    embd_norm: bool = False  # a norm behind the embeddings
-    softcap: float = 0.0  # logits z become softcap tanh(z / softcap); 0: they stay
-    zero_init: bool = False  # the layers that lead back into the stream begin at zero
-    tied: bool = True  # the output layer is the embedding
+    pos: str = "learned"  # positions: learned or rope
+    norm: str = "layernorm"  # layernorm, rmsnorm or rmsnorm_noaffine (RMSNorm without weights)
+    mlp: str = "gelu"  # gelu, swiglu or relu2
+    qk_norm: bool = False  # normalize each head's queries and keys (RMSNorm)
+    bias: bool = True  # biases in linear layers and LayerNorms
+    embd_norm: bool = False  # normalize the embedding output
+    softcap: float = 0.0  # cap the logits at +-softcap with tanh; 0: no cap
+    zero_init: bool = False  # initialize the residual projections (c_proj) to zero
+    tie_embeddings: bool = True  # the output layer shares the weights of the token embedding
 
 
+CHOICES = {
+    "pos": ("learned", "rope"),
+    "norm": ("layernorm", "rmsnorm", "rmsnorm_noaffine"),
+    "mlp": ("gelu", "swiglu", "relu2"),
+}
+
+
+def check_config(config):
+    """Raise UserError if there is no model with this GPTConfig."""
+    for key, choices in CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            raise UserError(f"{key}={value}: choose {' or '.join(choices)}")
+    if config.n_embd % config.n_head:
+        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+    # Rotary embeddings work on pairs of channels.
+    head_size = config.n_embd // config.n_head
+    if config.pos == "rope" and head_size % 2:
+        raise UserError(f"pos=rope rotates pairs: n_embd / n_head = {head_size} must be even")
+
+
+# -- layers -------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """https://arxiv.org/abs/1910.07467, in float32 whatever the input and the weight are."""
+    """https://arxiv.org/abs/1910.07467"""
 
     def forward(self, x):
-        weight = None if self.weight is None else self.weight.float()
-        if x.device.type != "cpu" or not x.requires_grad:
-            return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
-        y = RMSNormalize.apply(x.float(), self.eps)
-        return (y if weight is None else y * weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 where input and weight differ, as with FSDP's bfloat16 weights: CPUs have no kernel for that."""
+    """https://arxiv.org/abs/1607.06450"""
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def new_norm(config, size):
-    """The LayerNorm or RMSNorm of a model, over vectors of `size`."""
+    """The normalization that config asks for, over vectors of `size`."""
     if config.norm == "layernorm":
         return LayerNorm(size, bias=config.bias)
-    return RMSNorm(size, eps=1e-5) if config.norm == "rmsnorm" else RMSNorm(size, eps=1e-6, elementwise_affine=False)
+    if config.norm == "rmsnorm":
+        return RMSNorm(size, eps=1e-5)
+    return RMSNorm(size, eps=1e-6, elementwise_affine=False)
 
 
-def rotation(positions, head_size):
-    """cos and sin (..., T, head_size / 2), float32, of rotary embeddings at positions (..., T).
+def rope_cos_sin(positions, head_size):
+    """cos and sin, (..., T, head_size / 2) float32, of rotary embeddings at positions (..., T).
 
-    https://arxiv.org/abs/2104.09864, with base 10,000 and, as Llama has it, the two halves of a head paired.
+    https://arxiv.org/abs/2104.09864, with base 10,000. As in Llama, a head's first half is paired
+    with its second half.
     """
-    frequency = 10_000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)
-    angle = positions[..., None].float() * frequency
+    # The i-th pair turns by position * 10,000^(-2i / head_size): fast for the first, slow for the
+    # last.
+    exponent = torch.arange(0, head_size, 2, device=positions.device) / head_size
+    angle = positions[..., None].float() * 10_000**-exponent
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn the pairs of x (B, nh, T, hs) by their angles, (T, hs / 2) or (B, 1, T, hs / 2)."""
+def apply_rope(x, cos, sin):
+    """Rotate the pairs of x (B, nh, T, hs); cos and sin are (T, hs / 2) or (B, 1, T, hs / 2)."""
+    # A rotation of the plane that the pair (a, b) spans.
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def attend(q, k, v, mask, causal):
-    """softmax(q k' / sqrt(hs)) v of q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
-
-    mask, (T, S) or (B, 1, T, S), is False where a score does not count; without it all count, or, if causal, those up
-    to the diagonal.
-    """
-    T, S = q.size(2), k.size(2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= (128 if q.requires_grad else 256):
-        # torch's kernel for CPUs is slow at short rows in bfloat16: written out, attention takes a third of its time at
-        # T=128 and half at T=256 (torch 2.13, 2 cores), and a step of the demo 0.6 to 0.8. Training at 256 it would be
-        # 8% of a step of 124M, but 15% more memory: the scores are kept.
-        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
-        if mask is not None:
-            scores.masked_fill_(~mask, -math.inf)
-        elif causal:
-            scores += torch.full((T, S), -math.inf, dtype=q.dtype).triu(1)
-        return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v of all heads at once
+        # One matrix makes queries, keys and values of all heads, another mixes the heads' results.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v, all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
+        # Normalized queries and keys keep attention logits from growing during training.
+        self.qk_norm = config.qk_norm
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
-            kind = config if config.norm == "weightless" else replace(config, norm="rmsnorm")
-            self.q_norm, self.k_norm = (new_norm(kind, config.n_embd // config.n_head) for _ in "qk")
+            if config.norm == "layernorm":
+                config = replace(config, norm="rmsnorm")
+            head_size = config.n_embd // config.n_head
+            self.q_norm = new_norm(config, head_size)
+            self.k_norm = new_norm(config, head_size)
 
-    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
+    def forward(self, x, cache=None, pos=0, mask=None, cos_sin=None):
         """x (B, T, C) -> (B, T, C). See GPT.hidden for the other arguments."""
+        # nh is the number of heads, hs = C / nh the size of a head.
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         # (B, T, C) -> (B, nh, T, hs)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
-        if turn is not None:
-            q, k = rotate(q.float(), *turn), rotate(k.float(), *turn)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is not None:  # (2, B, nh, max_len, hs): keys and values of the positions before pos
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # Norms and rotations are computed in float32, attention in the dtype of the values.
+        if self.qk_norm:
+            q = self.q_norm(q.float())
+            k = self.k_norm(k.float())
+        if cos_sin is not None:
+            q = apply_rope(q.float(), *cos_sin)
+            k = apply_rope(k.float(), *cos_sin)
+        q = q.to(v.dtype)
+        k = k.to(v.dtype)
+        # When generating, cache (2, B, nh, max_len, hs) has the keys and values before pos.
+        if cache is not None:
             cache[0, :, :, pos : pos + T] = k
             cache[1, :, :, pos : pos + T] = v
             k, v = cache[:, :, :, : pos + T]
             q = q.to(cache.dtype)
-            if pos > 0 and T > 1:  # several new tokens behind a past: each sees the past and itself
+            if pos > 0 and T > 1:  # several new tokens after a cached prefix: a shifted causal mask
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=q.device).tril(pos)
-        y = attend(q, k, v, mask, causal=pos == 0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(v.dtype))
+        y = attention(q, k, v, mask, is_causal=pos == 0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y.to(v.dtype))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
+        # The hidden layer is four times as wide as the model.
         width = 4 * config.n_embd
-        if config.mlp == "swiglu":  # two layers in, so each is narrower: the same number of parameters
+        if config.mlp == "swiglu":
+            # Two input layers instead of one: 2/3 of the width keeps the number of parameters.
             width = round(2 * width / 3 / 8) * 8
-        self.c_fc = nn.Linear(config.n_embd, width * (2 if config.mlp == "swiglu" else 1), config.bias)
+            self.c_fc = nn.Linear(config.n_embd, 2 * width, config.bias)
+        else:
+            self.c_fc = nn.Linear(config.n_embd, width, config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, config.bias)
 
     def forward(self, x):
@@ -157,87 +183,56 @@ class MLP(nn.Module):
         x = self.c_fc(x)
         if self.kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, x = x.chunk(2, dim=-1)
-            return self.c_proj(F.silu(gate) * x)
-        if self.kind == "relu2":  # https://arxiv.org/abs/2109.08668
-            return self.c_proj(F.relu(x).square())
-        return self.c_proj(F.gelu(x, approximate="tanh"))
+            x = F.silu(gate) * x
+        elif self.kind == "relu2":  # https://arxiv.org/abs/2109.08668
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        # Pre-norm: each branch normalizes its input, and the residual stream itself is never
+        # normalized.
         self.ln_1 = new_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = new_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=0, mask=None, turn=None):
-        x = x + self.attn(self.ln_1(x), cache, pos, mask, turn)
+    def forward(self, x, cache=None, pos=0, mask=None, cos_sin=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, mask, cos_sin)
         return x + self.mlp(self.ln_2(x))
 
 
-# What recompute() keeps: the products of matrices, and attention, by each of torch's kernels.
-PRODUCTS = [
-    getattr(torch.ops.aten, name).default
-    for name in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu",
-                 "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                 "_scaled_dot_product_cudnn_attention")
-]  # fmt: skip
-
-
-def recompute(block, x, *args, everything=False):
-    """block(x, *args), of which autograd keeps the products alone, and computes the rest again for backward.
-
-    A step of 124M takes 14 to 19% less memory in 0.99 to 1.09 of the time (2 cores, 4,096 tokens). torch.compile, of
-    the model or of FSDP's blocks, sees to that by itself, and small tensors (the demo's) are not worth the time: these
-    have a plain call. With everything, autograd keeps x alone: the least memory, but all is computed twice.
-    """
-    if not torch.is_grad_enabled():
-        return block(x, *args)
-    how = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
-    if everything:
-        return checkpoint(block, x, *args, **how)
-    compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None  # the model, or FSDP's blocks
-    if compiled or x.numel() < 1 << 21:
-        return block(x, *args)
-    return checkpoint(block, x, *args, **how, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
-
-
-def check_config(config):
-    """Exit with one line if there is no such model."""
-    choices = {"pos": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
-    choices |= {"norm": ("layernorm", "rmsnorm", "weightless")}
-    for key, known in choices.items():
-        if getattr(config, key) not in known:
-            sys.exit(f"{key}={getattr(config, key)}: choose {' or '.join(known)}")
-    if config.n_embd % config.n_head:
-        sys.exit(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-    if config.pos == "rope" and config.n_embd // config.n_head % 2:
-        sys.exit(f"pos=rope turns pairs: n_embd / n_head = {config.n_embd // config.n_head} must be even")
-
-
+# -- the model ----------------------------------------------------------------------
 class GPT(nn.Module):
-    activation_checkpointing = False  # True: keep only the blocks' inputs, compute the rest again for backward
+    # True: save only the blocks' inputs and compute the rest again in the backward pass.
+    activation_checkpointing = False
 
     def __init__(self, config):
         super().__init__()
         check_config(config)
         self.config = config
-        # A vocabulary of a multiple of 64 rows keeps the largest matmul on the tensor cores' fast path. The extra rows
-        # never reach a softmax: forward cuts the logits to vocab_size.
-        rows = -(-config.vocab_size // 64) * 64
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd)})
+        # A multiple of 64 keeps the largest matmul on the tensor cores' fast path. The extra rows
+        # never reach a softmax: logits are cut to vocab_size.
+        padded_vocab_size = -(-config.vocab_size // 64) * 64
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(padded_vocab_size, config.n_embd)})
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.embd_norm:  # https://arxiv.org/abs/2110.02861
             self.transformer["ln_e"] = new_norm(config, config.n_embd)
+        # The blocks, and a last norm before the output layer.
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = new_norm(config, config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
-        if config.tied:  # https://arxiv.org/abs/1608.05859
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        if config.tie_embeddings:  # https://arxiv.org/abs/1608.05859
             self.lm_head.weight = self.transformer.wte.weight
+        # Initialize all weights; an output layer of its own starts at zero, so that the first loss
+        # is exactly ln(vocab_size).
         self.apply(self._init_weights)
-        if not config.tied:
+        if not config.tie_embeddings:
             nn.init.normal_(self.transformer.wte.weight)
             nn.init.zeros_(self.lm_head.weight)
 
@@ -247,183 +242,242 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):
-            # Two residual additions a layer: scale them so that the stream's variance does not grow with depth (GPT-2
-            # paper, section 2.3). apply() has been to a module's children by now.
-            for proj in (module.attn.c_proj, module.mlp.c_proj):
-                std = 0 if self.config.zero_init else 0.02 * (2 * self.config.n_layer) ** -0.5
-                nn.init.normal_(proj.weight, std=std)
+            # There are two residual additions in each block. Scaling them keeps the variance of the
+            # residual stream from growing with depth (GPT-2 paper, section 2.3). apply() visits
+            # children first, so this comes after their own initialization.
+            std = 0 if self.config.zero_init else 0.02 * (2 * self.config.n_layer) ** -0.5
+            nn.init.normal_(module.attn.c_proj.weight, std=std)
+            nn.init.normal_(module.mlp.c_proj.weight, std=std)
 
     def hidden(self, idx, cache=None, pos=0, positions=None, mask=None):
         """The final hidden states (B, T, C) of token ids idx (B, T).
 
-        The tokens stand at pos, pos + 1, ..., behind what is in cache, and see those before them; or at positions (B,
-        T), and see those that mask (B, 1, T, T) says.
+        The tokens are at positions pos, pos + 1, ... after those in cache (see new_cache) and
+        attend causally. Or they are at positions (B, T), and mask (B, 1, T, T) is True where they
+        attend.
         """
+        # Which positions do the tokens have?
         T = idx.size(1)
         if positions is None:
-            assert pos + T <= self.config.block_size, f"{pos + T} tokens, context {self.config.block_size}"
-            positions = torch.arange(pos, pos + T, device=idx.device)
-        x, turn = self.transformer.wte(idx), None  # (B, T, C)
+            end = pos + T
+            assert end <= self.config.block_size, f"{end} tokens, context {self.config.block_size}"
+            positions = torch.arange(pos, end, device=idx.device)
+        # Token embeddings, and position embeddings or rotations.
+        x = self.transformer.wte(idx)  # (B, T, C)
+        cos_sin = None
         if self.config.pos == "learned":
             x = x + self.transformer.wpe(positions)
         else:
-            turn = rotation(positions, self.config.n_embd // self.config.n_head)
-            if positions.dim() == 2:  # one angle for all heads
-                turn = [t[:, None] for t in turn]
+            cos_sin = rope_cos_sin(positions, self.config.n_embd // self.config.n_head)
+            if positions.dim() == 2:  # (B, T, hs / 2) -> (B, 1, T, hs / 2): the same for all heads
+                cos_sin = [t[:, None] for t in cos_sin]
         if self.config.embd_norm:
             x = self.transformer.ln_e(x)
-        kind = x.device.type
-        if torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and kind != "cpu":
-            # On GPUs training keeps the stream itself in bfloat16: a quarter less traffic. Over 8 seeds of 300 steps on
-            # CPUs that moved the loss by 0.002 +- 0.004 (GPT-2's parts) and -0.002 +- 0.002; seeds vary by 0.02, 0.01.
-            x = x.to(torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else x.dtype)
+        # The blocks add to the residual stream one after the other.
+        x = self._to_stream_dtype(x)
         for i, block in enumerate(self.transformer.h):
-            args = (x, None if cache is None else cache[i], pos, mask, turn)
-            x = recompute(block, *args, everything=self.activation_checkpointing)
+            block_cache = None if cache is None else cache[i]
+            x = checkpoint_block(
+                block, x, block_cache, pos, mask, cos_sin, everything=self.activation_checkpointing
+            )
         return self.transformer.ln_f(x)
 
+    def _to_stream_dtype(self, x):
+        """Training in bfloat16 on GPUs keeps the residual stream in it too: a quarter less traffic.
+
+        On CPUs, over 8 seeds of 300 steps, that moved the loss by 0.002 +- 0.004 (GPT-2) and by
+        -0.002 +- 0.002 (modern), where seeds vary by 0.02 and 0.01.
+        """
+        device = x.device.type
+        if device == "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+            return x
+        if torch.get_autocast_dtype(device) == torch.bfloat16:
+            return x.to(torch.bfloat16)
+        return x
+
     def logits(self, x):
-        """Hidden states (..., C) to logits (..., vocab_size)."""
-        return capped(self.lm_head(x)[..., : self.config.vocab_size], self.config.softcap)
+        """Hidden states (..., C) -> logits (..., vocab_size)."""
+        logits = self.lm_head(x)[..., : self.config.vocab_size]
+        return softcap_logits(logits, self.config.softcap)
 
     def forward(self, idx, targets=None, with_accuracy=False):
-        """Logits (B, T, vocab_size) of token ids idx (B, T); with targets (B, T) the loss instead.
+        """Logits (B, T, vocab_size) of token ids idx (B, T); with targets (B, T), the loss instead.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar, float32). Without
-        gradients, with_accuracy returns (loss, the share of them that are the likeliest token).
+        The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar,
+        float32). Without gradients, with_accuracy returns (loss, next-token accuracy).
         """
-        x = GPT.hidden(self, idx)  # not self.hidden: FSDP wraps that for calls from outside
+        x = GPT.hidden(self, idx)  # not self.hidden, which FSDP wraps for calls from outside
         if targets is None:
             return GPT.logits(self, x)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        rows = (x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        how = (self.config.vocab_size, self.config.softcap, torch.is_grad_enabled())
-        loss, accuracy = LinearCrossEntropy.apply(*rows, *how)
+        # The loss of many rows at a time, without the full logits: see kernels.py.
+        loss, accuracy = LinearCrossEntropy.apply(
+            x.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            self.config.vocab_size,
+            self.config.softcap,
+            torch.is_grad_enabled(),
+        )
         return (loss, accuracy) if with_accuracy else loss
 
     def num_params(self):
-        """Number of parameters, without the rows that only pad the vocabulary."""
+        """The number of parameters, without the rows that pad the vocabulary."""
+        # Tied tables are one parameter, which parameters() yields once.
+        total = sum(p.numel() for p in self.parameters())
         padding = self.transformer.wte.num_embeddings - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * (2 - self.config.tied)
+        tables = 1 if self.config.tie_embeddings else 2
+        return total - padding * self.config.n_embd * tables
 
     def flops_per_token(self, T):
-        """Training FLOPs a token at context T, forward and backward: 6N + 12 n_layer n_embd T.
+        """Training FLOPs per token at context T, forward and backward: 6N + 12 n_layer n_embd T.
 
-        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), which MFU is defined by. N leaves out embeddings,
-        which are looked up, and keeps the output layer.
+        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), by which MFU is defined. N
+        leaves out embeddings, which are looked up, and includes the output layer.
         """
-        c, N = self.config, self.num_params()
-        N -= c.block_size * c.n_embd if c.pos == "learned" else 0
-        N -= 0 if c.tied else c.vocab_size * c.n_embd
+        c = self.config
+        N = self.num_params()
+        if c.pos == "learned":
+            N -= c.block_size * c.n_embd
+        if not c.tie_embeddings:
+            N -= c.vocab_size * c.n_embd
         return 6 * N + 12 * c.n_layer * c.n_embd * T
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, num_samples=1, vocab_size=None, **sampling):
-        """Yield the next token ids, a (B * num_samples,) tensor each time, max_new_tokens times.
+        """Yield the next token ids, a (B * num_samples,) tensor, max_new_tokens times.
 
-        idx (B, T) holds B prompts of one length, of which the last block_size tokens count; each is read once and
-        continued num_samples times. Ids from vocab_size on are never drawn; `sampling` are the settings of
-        sample_token. When the context is full, its newer half is read again as the new context, so that the cost of a
-        token stays what it was.
+        idx (B, T) holds B prompts of the same length, cut to the last block_size tokens. Each is
+        read once and continued num_samples times. Ids from vocab_size on are never drawn;
+        `sampling` are arguments of sample_token. When the context is full, its second half is read
+        again as the new context, so that the cost per token stays constant.
         """
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
-        cache, pos = None, 0  # pos: positions read so far
+        cache = None
+        pos = 0  # positions in the cache
         for _ in range(max_new_tokens):
+            # Usually only the last token is new: the cache has the others.
             if 0 < pos < block_size:
                 x = self.hidden(idx[:, -1:], cache, pos)
                 pos += 1
             else:
+                # The first time, and whenever the context is full, read the whole context.
                 if pos == block_size:
                     idx = idx[:, -(block_size // 2 + 1) :]
                 cache = self.new_cache(len(idx), min(block_size, idx.size(1) + max_new_tokens))
                 x = self.hidden(idx, cache)[:, -1:]
                 pos = idx.size(1)
-                if num_samples > 1:  # the prompts have been read: from here on each sample is a row
+                if num_samples > 1:  # the prompts have been read: from now on each sample is a row
                     cache = cache.repeat_interleave(num_samples, dim=2)
-                    x, idx = (t.repeat_interleave(num_samples, dim=0) for t in (x, idx))
+                    x = x.repeat_interleave(num_samples, dim=0)
+                    idx = idx.repeat_interleave(num_samples, dim=0)
                     num_samples = 1
-            token = sample_token(self.logits(x[:, -1])[:, :vocab_size].float(), **sampling)  # (B,)
+            logits = self.logits(x[:, -1])[:, :vocab_size].float()
+            token = sample_token(logits, **sampling)  # (B,)
             yield token
             idx = torch.cat((idx, token[:, None]), dim=1)
 
     def new_cache(self, B, length):
-        """Room for the keys and values of B sequences of `length` tokens, for hidden(cache=...).
+        """An empty cache for hidden(): keys and values of B sequences of `length` tokens.
 
-        In float32 on a CPU, whose attention of one query takes a sixth of bfloat16's time (900 keys of 124M).
+        (n_layer, 2, B, n_head, length, head_size); float32 on a CPU, where attention for one query
+        takes a sixth of bfloat16's time (900 keys of 124M).
         """
-        c, w = self.config, self.transformer.wte.weight
-        device = w.device.type
-        dtype = torch.float32 if device == "cpu" else w.dtype
+        c = self.config
+        weight = self.transformer.wte.weight
+        device = weight.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = torch.float32 if device == "cpu" else weight.dtype
         shape = (c.n_layer, 2, B, c.n_head, length, c.n_embd // c.n_head)
-        return torch.empty(shape, dtype=dtype, device=w.device)
+        return torch.empty(shape, dtype=dtype, device=weight.device)
 
     @classmethod
     def from_state_dict(cls, config, state, source):
-        """A GPT around the tensors of a state dict, which it keeps; exits if they do not fit config."""
+        """A GPT that takes over (does not copy) the tensors of a state dict.
+
+        Raises UserError, which names the source, if they do not fit config.
+        """
+        # Build the modules without memory, then put the given tensors in their place.
         with torch.device("meta"):
             model = cls(config)
         try:
             model.load_state_dict(state, assign=True)
         except (RuntimeError, TypeError) as e:
-            first = str(e).splitlines()[-1].strip()
-            sys.exit(f"{source}: its weights are not those of a GPT-2 with {config}: {first}")
-        if config.tied:
+            reason = str(e).splitlines()[-1].strip()
+            raise UserError(
+                f"{source}: its weights are not those of a GPT-2 with {config}: {reason}"
+            )
+        if config.tie_embeddings:
             model.lm_head.weight = model.transformer.wte.weight
         return model
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT with the weights of a name on the hub ("gpt2" ... "gpt2-xl", owner/name) or a local folder."""
+        """A GPT with weights from the hub ("gpt2" ... "gpt2-xl", owner/name) or a local folder."""
         config, state = read_hugging_face(source)
         return cls.from_state_dict(GPTConfig(**config), state, source)
 
 
+# -- text ---------------------------------------------------------------------------
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token id a row: logits (B, V) -> (B,).
+    """Draw one token id from each row: logits (B, V) -> (B,).
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator seeds the draws. top_p is nucleus sampling
-    (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at least one, whose probabilities reach top_p.
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; generator makes draws repeatable.
+    top_p is nucleus sampling (https://arxiv.org/abs/1904.09751): it keeps the fewest tokens, at
+    least one, whose probabilities sum to top_p or more.
     """
-    if temperature < 1e-6:  # beyond which float32 overflows
+    if temperature < 1e-6:  # dividing by less overflows float32
         return logits.argmax(dim=-1)
-    tokens = None  # that the columns stand for; None: each for its own number
+    token_ids = None  # the token id of each column; None: the column's index
     if 0 < top_k < logits.size(-1):
-        logits, tokens = logits.topk(top_k, dim=-1)
+        logits, token_ids = logits.topk(top_k, dim=-1)
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
-        ranked, order = probs.sort(dim=-1, descending=True)
-        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the tokens before it reach top_p already
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
+        # Keep a token if the likelier ones together have less than top_p.
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        sum_before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        sorted_probs[sum_before >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs)
+    column = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    if token_ids is not None:
+        column = token_ids.gather(1, column)
+    return column.squeeze(1)
 
 
 def load_model(ckpt="latest", device="cpu", log_dir="log"):
-    """(model, enc): the GPT, in eval mode on `device`, and its tiktoken.Encoding.
+    """(model, enc): a GPT in eval mode, float32, on `device`, and its tiktoken.Encoding.
 
-    ckpt: "latest" (the last log_dir/model_*.pt, by its step), "best" (the one of the lowest validation loss), a .pt
-    path, also of nanoGPT or build-nanogpt, a name on the hub ("gpt2" ... "gpt2-xl", owner/name), or a local folder of
-    Hugging Face's. Says which file it is on stderr. Exits with one line if it cannot be had.
+    ckpt: "latest" (the highest step of log_dir/model_*.pt), "best" (the lowest validation loss), a
+    .pt path (also nanoGPT's or build-nanogpt's), a name on the hub ("gpt2" ... "gpt2-xl",
+    owner/name), or a local Hugging Face folder. Prints which file it loads to stderr. Raises
+    UserError if it cannot be loaded.
     """
-    on_hub = ckpt in OPENAI_MODELS or (re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not os.path.exists(ckpt))
-    if (on_hub and not ckpt.endswith(".pt")) or os.path.isdir(ckpt):
+    # A name on the hub, unless such a file or folder exists.
+    on_hub = ckpt in OPENAI_MODELS
+    if not os.path.exists(ckpt) and not ckpt.endswith(".pt"):
+        on_hub = on_hub or re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) is not None
+    if on_hub or os.path.isdir(ckpt):
         folder = download_model(ckpt) if on_hub else ckpt
         model = GPT.from_pretrained(folder)
-        vocab_size = model.config.vocab_size
-        enc = load_tokenizer("gpt2") if ckpt in OPENAI_MODELS else tokenizer_beside(folder, vocab_size)
+        if ckpt in OPENAI_MODELS:
+            enc = load_tokenizer("gpt2")
+        else:
+            enc = tokenizer_from_folder(folder, model.config.vocab_size)
     else:
+        # A .pt file: of ours, of nanoGPT or of build-nanogpt.
         path = find_checkpoint(ckpt, log_dir)
         config, weights, tokenizer, step = read_checkpoint(path)
         try:
             model = GPT.from_state_dict(GPTConfig(**config), weights, path)
         except TypeError as e:
-            sys.exit(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
+            raise UserError(f"{path}: not a checkpoint of this project's GPT-2 ({e})")
         enc = load_tokenizer(tokenizer)
         if is_rank_0():
             print(f"{path}: step {step}", file=sys.stderr)
-    return model.float().to(device).eval(), enc  # float: export.py can have written it in bfloat16
+    # A file that export.py wrote can hold bfloat16.
+    return model.float().to(device).eval(), enc

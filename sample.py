@@ -1,12 +1,12 @@
-"""Text from a model.
+"""Generate text from a model.
 
     python sample.py                                              # the newest checkpoint in log/
     python sample.py --ckpt=gpt2-xl --prompt="The meaning of life is" --num_samples=3
     python sample.py --prompt=FILE:story.txt --temperature=0      # a prompt from a file, greedy
     python sample.py --interactive=True                           # type prompts; an empty line ends
 
-Text streams to the terminal as it is made. All samples are made at once, as rows of one batch: the first one streams,
-the others follow when it is done.
+Text streams to the terminal as it is generated. All samples are rows of one batch: the first
+streams, the others are printed when it is done.
 """
 
 import codecs
@@ -14,26 +14,27 @@ import contextlib
 import os
 import sys
 
-from configurator import configure
+from configurator import check_min, configure
+from data.tokenizer import encode
+from device import dynamic_shapes, pick_device, pick_dtype
 from model import load_model
-from parallel import any_shape, pick_device, pick_dtype, run_script
-from tokenizer import encode
+from script import UserError, run_as_script
 
 import torch
 import torch.nn as nn
 
 # -- settings: override any with --key=value --------------------------------------
-ckpt = "latest"  # latest or best (in log_dir), a .pt file, a name on the hub (gpt2, owner/name), or its folder
-log_dir = "log"  # where latest is looked for
-prompt = "\n"  # how the text starts; FILE:path reads it from a file; empty: a new document, <|endoftext|>
-num_samples = 1
-max_new_tokens = 300  # a sample ends there or at <|endoftext|>
+ckpt = "latest"  # latest or best (of log_dir), a .pt file, a hub name or a Hugging Face folder
+log_dir = "log"  # the folder in which to look for latest and best
+prompt = "\n"  # the start of the text; FILE:path reads it from a file; empty: a new document
+num_samples = 1  # how many texts to generate
+max_new_tokens = 300  # the length of a sample, unless <|endoftext|> ends it
 temperature = 0.8  # 1: as the model says; lower: more predictable; 0: always the likeliest token
 top_k = 200  # choose among the top_k likeliest tokens; 0: all
-top_p = 1.0  # choose among the likeliest tokens that make up this probability; 1: all
+top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this; 1: all
 seed = 1337  # the same seed gives the same text
-out = ""  # also write the samples to this file
-interactive = False  # ask for one prompt after the other
+out = ""  # a file to write the samples to as well
+interactive = False  # ask for one prompt after another
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float16 weights on CPUs, else bfloat16 where the hardware has it, else float16
 
@@ -41,20 +42,22 @@ RULE = "-" * 80  # between samples
 
 
 def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
-    """Continue a prompt; yield, token after token, the new text of each sample: num_samples strings.
+    """Continue a prompt; yield, token by token, the new text of each sample: num_samples strings.
 
-    An empty prompt is a new document. A sample ends at <|endoftext|>, after which its strings are empty, and at
-    max_new_tokens. sampling: the settings of sample_token.
+    An empty prompt starts a new document. A sample ends at <|endoftext|>, after which its strings
+    are empty, or at max_new_tokens. `sampling` are arguments of sample_token.
     """
     ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
-    # A character can span tokens: the decoder holds back the bytes of an unfinished one.
+    # A character can span tokens: the decoder keeps the bytes of an incomplete one.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     ended = [False] * num_samples
-    for tokens in model.generate(idx, max_new_tokens, num_samples, vocab_size=enc.n_vocab, **sampling):
+    for tokens in model.generate(idx, max_new_tokens, num_samples, enc.n_vocab, **sampling):
         pieces = [""] * num_samples
+        # A sample that has ended stays in the batch, and its tokens are ignored.
         for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == enc.eot_token
+            if token == enc.eot_token:
+                ended[i] = True
             if not ended[i]:
                 pieces[i] = decoders[i].decode(enc.decode_single_token_bytes(token))
         yield pieces
@@ -63,8 +66,8 @@ def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
-class HalfLinear(nn.Module):
-    """A linear layer with float16 weights, between float32 tensors, by FBGEMM (https://arxiv.org/abs/2101.05615)."""
+class DynamicFP16Linear(nn.Module):
+    """A linear layer with float16 weights and float32 activations (FBGEMM, arXiv 2101.05615)."""
 
     def __init__(self, linear):
         super().__init__()
@@ -75,70 +78,99 @@ class HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-def ready(model, dtype, device):
-    """The model in a dtype, as it samples fastest on its device; it cannot be trained any more.
+def prepare_for_sampling(model, dtype, device):
+    """The model, converted for the fastest sampling on its device; it cannot be trained any more.
 
-    On CPUs, dtype "auto" is float16 for the weights of linear layers alone, if torch was built with FBGEMM: one row of
-    124M takes half the time that it takes in bfloat16, and the logits are nearer to float32's.
+    On CPUs, dtype "auto" means float16 for the weights of linear layers, if torch was built with
+    FBGEMM: one row of 124M takes half the time of bfloat16, and its logits are closer to float32's.
     """
-    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-    if device == "cpu" and fbgemm and dtype in ("auto", "float16"):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, HalfLinear(child))
-        return model.float().eval()
-    return model.to(pick_dtype(dtype, device)).eval()
+    # Everywhere else, the whole model in one dtype.
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    if device != "cpu" or not has_fbgemm or dtype not in ("auto", "float16"):
+        return model.to(pick_dtype(dtype, device)).eval()
+    # Replace every linear layer; embeddings and norms stay in float32.
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, DynamicFP16Linear(child))
+    return model.float().eval()
+
+
+def read_prompt():
+    """The prompt that the settings name."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = os.path.expanduser(prompt.removeprefix("FILE:"))
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt={prompt}: cannot read this file ({e})")
 
 
 def write_out(text, mode):
-    """Write to the file --out=, in the mode of open(); exits if it cannot be written."""
+    """Write text to the file --out=, opened in this mode."""
     try:
         with open(out, mode, encoding="utf-8") as f:
             f.write(text)
     except OSError as e:
-        sys.exit(f"--out={out}: cannot write this file ({e.strerror})")
+        raise UserError(f"--out={out}: cannot write this file ({e.strerror})")
+
+
+@dynamic_shapes()
+@torch.inference_mode()
+def print_samples(model, enc, start, generator):
+    """Print the samples that continue a prompt, and write them to --out=."""
+    print(start, end="", flush=True)
+    # Print the first sample as it grows, and the others when all are done.
+    texts = [start] * num_samples
+    for pieces in stream_text(
+        model,
+        enc,
+        start,
+        max_new_tokens,
+        num_samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    ):
+        print(pieces[0], end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    for text in texts[1:]:
+        print(f"\n{RULE}\n{text}", end="")
+    print()
+    if out:
+        write_out("".join(f"{text}\n{RULE}\n" for text in texts), "a")
 
 
 def main():
     if abs(seed) >= 1 << 63:
-        sys.exit(f"--seed={seed}: must be less than 2^63")
-    if num_samples < 1 or max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        sys.exit("expected num_samples >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
-    start = prompt
-    if prompt.startswith("FILE:"):
-        try:
-            with open(os.path.expanduser(prompt[5:]), encoding="utf-8") as f:
-                start = f.read()
-        except (OSError, UnicodeDecodeError) as e:
-            sys.exit(f"--prompt={prompt}: cannot read this file ({e})")
-    where = pick_device(device)
-    model, enc = load_model(ckpt, where, log_dir)
-    model = ready(model, dtype, where)
+        raise UserError(f"--seed={seed}: must be less than 2^63")
+    check_min(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    check_min(0, temperature=temperature, top_k=top_k)
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top_p={top_p}: must be more than 0, and 1 at most")
+    start = read_prompt()
+    device_name = pick_device(device)
+    model, enc = load_model(ckpt, device_name, log_dir)
+    model = prepare_for_sampling(model, dtype, device_name)
     if out:
-        write_out("", "w")  # empty it now: each prompt adds to it
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling["generator"] = torch.Generator(where).manual_seed(seed)
-
-    @any_shape()
-    @torch.inference_mode()
-    def sample(start):
-        print(start, end="", flush=True)
-        texts = [start] * num_samples
-        for pieces in stream_text(model, enc, start, max_new_tokens, num_samples, **sampling):
-            print(pieces[0], end="", flush=True)
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        print("".join(f"\n{RULE}\n{text}" for text in texts[1:]))
-        if out:
-            write_out("".join(f"{text}\n{RULE}\n" for text in texts), "a")
-
+        write_out("", "w")  # empty it: each prompt appends to it
+    # One generator for all prompts, so that a session can be repeated.
+    generator = torch.Generator(device_name).manual_seed(seed)
     if not interactive:
-        return sample(start)
+        print_samples(model, enc, start, generator)
+        return
     with contextlib.suppress(EOFError):
-        while sys.stdin and (line := input("prompt> ")):
-            sample(line)
+        while sys.stdin:
+            line = input("prompt> ")
+            if not line:
+                break
+            print_samples(model, enc, line, generator)
 
 
 if __name__ == "__main__":
-    configure(globals())
-    run_script(main)
+    with run_as_script():
+        configure(globals())
+        main()

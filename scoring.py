@@ -1,91 +1,139 @@
-"""How likely are completions of a text: what hellaswag.py, ewok.py and other evals of this kind ask of a model."""
+"""Log-likelihood of completions given a context, used by hellaswag.py and ewok.py.
 
-from parallel import any_shape
+Completions of the same context share a row: the context is read once, each completion follows it at
+the same positions, and a mask keeps completions from attending to one another. That makes scoring
+HellaSwag 2 to 5 times as fast as one row per completion.
+"""
+
+from device import dynamic_shapes
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 
-def rows_to_score(pairs, block_size):
-    """[(context, {completion: [numbers of its pairs]})] of pairs, all as tuples, the longest first.
+class Row:
+    """A context and the completions that follow it.
 
-    Completions of one context share a row. One that is longer than block_size is cut into pieces, each scored behind
-    the last; a context that is too long loses its beginning.
+    completions: {tokens: indices of the pairs that have them}
+    """
+
+    def __init__(self, context):
+        self.context = context
+        self.completions = {}
+
+    def __len__(self):
+        """The number of tokens to read: a completion's last token is only predicted."""
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.completions)
+
+
+def build_rows(pairs, block_size):
+    """The Rows of (context, completion) pairs, the longest first.
+
+    A context that is too long loses its beginning. A completion longer than block_size is cut into
+    pieces; the context of each is the pieces before it.
     """
     rows = {}
     for i, (context, completion) in enumerate(pairs):
-        size = len(completion) if len(completion) <= block_size else max(1, block_size // 2)
+        size = len(completion)
+        if size > block_size:
+            size = max(1, block_size // 2)
+        # Usually one piece: only a completion longer than the context has more.
         for start in range(0, len(completion), size):
-            piece = completion[start : start + size]
-            past = (*context, *completion[:start])[-(block_size + 1 - len(piece)) :]
-            rows.setdefault(past, {}).setdefault(tuple(piece), []).append(i)
-    return sorted(rows.items(), key=row_length, reverse=True)
+            piece = tuple(completion[start : start + size])
+            before = (*context, *completion[:start])
+            before = before[-(block_size + 1 - len(piece)) :]
+            row = rows.setdefault(before, Row(before))
+            row.completions.setdefault(piece, []).append(i)
+    return sorted(rows.values(), key=len, reverse=True)
 
 
-def row_length(row):
-    """The tokens that the model reads of a row: the last one of a completion is only predicted."""
-    return len(row[0]) + sum(len(piece) - 1 for piece in row[1])
+class Batch:
+    """Rows as arrays, padded to the longest, which comes first.
 
-
-def batch_to_score(rows):
-    """(inputs, predictions, owners), int64 arrays, of rows of rows_to_score, of which the first is the longest.
-
-    inputs (3, B, T): token ids, their positions, and the branch of each, 0 for the context, k for the k-th completion.
-    predictions (2, N): a place in the flattened B x T, and the token that follows it. owners (2, M): the number of a
-    pair, and a prediction that counts for it.
+    tokens, positions, segments   (B, T); the segment of a context is 0, of its k-th completion k
+    predicted_at, targets         (N,) indices into the flattened (B, T), and the token that follows
+    pair_index, target_index      (M,) target target_index[m] is part of pair pair_index[m]
     """
-    T = row_length(rows[0])
-    inputs = np.zeros((3, len(rows), T), dtype=np.int64)
-    places, targets, pairs, counted = [], [], [], []
-    for b, (context, pieces) in enumerate(rows):
-        n = len(context)
-        ids, positions, branch = [*context], [*range(n)], [0] * n
-        for k, (piece, numbers) in enumerate(pieces.items(), start=1):
-            start = b * T + len(ids)
-            for number in numbers:
-                pairs += [number] * len(piece)
-                counted += range(len(targets), len(targets) + len(piece))
-            places += [b * T + n - 1, *range(start, start + len(piece) - 1)]
-            targets += piece
-            ids += piece[:-1]
-            positions += range(n, n + len(piece) - 1)
-            branch += [k] * (len(piece) - 1)
-        inputs[:, b, : len(ids)] = ids, positions, branch
-    return inputs, np.array([places, targets]), np.array([pairs, counted])
+
+    def __init__(self, rows):
+        T = len(rows[0])
+        self.tokens, self.positions, self.segments = np.zeros((3, len(rows), T), dtype=np.int64)
+        predicted_at, targets, pair_index, target_index = [], [], [], []
+        for b, row in enumerate(rows):
+            # The context comes first.
+            n = len(row.context)
+            self.tokens[b, :n] = row.context
+            self.positions[b, :n] = range(n)
+            end = n
+            for k, (completion, pairs) in enumerate(row.completions.items(), start=1):
+                start = end
+                end = start + len(completion) - 1
+                self.tokens[b, start:end] = completion[:-1]
+                self.positions[b, start:end] = range(n, n + len(completion) - 1)
+                self.segments[b, start:end] = k
+                first_target = len(targets)
+                # The context's last token predicts the first target, each token the one after it.
+                predicted_at.append(b * T + n - 1)
+                predicted_at.extend(range(b * T + start, b * T + end))
+                targets.extend(completion)
+                # The same completion can belong to several pairs: its targets count for each.
+                for pair in pairs:
+                    pair_index.extend([pair] * len(completion))
+                    target_index.extend(range(first_target, len(targets)))
+        self.predicted_at = np.array(predicted_at)
+        self.targets = np.array(targets)
+        self.pair_index = np.array(pair_index)
+        self.target_index = np.array(target_index)
 
 
-@any_shape()
+@dynamic_shapes()
 @torch.no_grad()
 def score_completions(model, pairs, batch_tokens=0):
     """Log-probabilities of completions, given their contexts.
 
-    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors of len(pairs): the
-    log-probability of each completion in nats (float64), and its number of tokens. A context that is too long loses its
-    beginning. Runs under the autocast of the caller.
+    pairs: (context, completion) lists of token ids, neither empty. Returns (sums, counts), tensors
+    of len(pairs): the log-probability of each completion in nats (float64), and its number of
+    tokens. A context that is too long loses its beginning. Runs under the caller's autocast.
 
-    Completions of one context share a row, so that the context is read once: each follows it at the same positions, and
-    a mask keeps them from seeing each other. Rows of similar length make a batch of up to batch_tokens tokens; 0 is
-    16,384, or 1,024 on a CPU, where large batches are slower (124M, bfloat16, 2 cores: 2.8 times with 16,384).
+    Rows of similar length form batches of up to batch_tokens tokens; 0 means 16,384, or 1,024 on a
+    CPU, where larger batches are slower (124M, bfloat16, 2 cores: 16,384 takes 2.8 times as long).
     """
     device = model.lm_head.weight.device
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16384)
-    rows, scored = rows_to_score(pairs, model.config.block_size), []
+    if not batch_tokens:
+        batch_tokens = 1024 if device.type == "cpu" else 16384
+    # The longest rows first: a batch that is too large for memory fails at once.
+    rows = build_rows(pairs, model.config.block_size)
+    results = []
     while rows:
-        B = max(1, batch_tokens // row_length(rows[0]))
-        inputs, predictions, owners = batch_to_score(rows[:B])
+        B = max(1, batch_tokens // len(rows[0]))
+        batch = Batch(rows[:B])
         rows = rows[B:]
-        idx, positions, branch = torch.from_numpy(inputs).to(device)
-        places, targets = torch.from_numpy(predictions).to(device)
-        mask = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        mask = mask.tril()[:, None]  # (B, 1, T, T)
-        x = model.hidden(idx, positions=positions, mask=mask).flatten(0, 1)[places]  # (N, C)
-        losses = [
-            F.cross_entropy(model.logits(part).float(), t, reduction="none")
-            for part, t in zip(x.split(512), targets.split(512), strict=True)
-        ]
-        scored.append((owners, torch.cat(losses)))  # not read before all are under way: a GPU need not wait
+        # No .item() in this loop: the GPU is never waited for.
+        results.append((batch, token_losses(model, batch, device)))
+    # Add up the losses of each pair's targets.
     sums = np.zeros(len(pairs))
-    for (numbers, counted), losses in scored:
-        np.subtract.at(sums, numbers, losses.cpu().double().numpy()[counted])  # MPS has no float64
-    return torch.from_numpy(sums), torch.tensor([len(completion) for _, completion in pairs])
+    for batch, losses in results:
+        losses = losses.cpu().double().numpy()  # .cpu() first, since MPS has no float64
+        np.subtract.at(sums, batch.pair_index, losses[batch.target_index])
+    counts = torch.tensor([len(completion) for _, completion in pairs])
+    return torch.from_numpy(sums), counts
+
+
+def token_losses(model, batch, device):
+    """The loss of each target of a Batch, (N,), in nats."""
+    arrays = (batch.tokens, batch.positions, batch.segments, batch.predicted_at, batch.targets)
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    tokens, positions, segments, predicted_at, targets = tensors
+    # A token attends to the context, and to its own completion: (B, T, T).
+    in_context = segments[:, None, :] == 0
+    in_same_segment = segments[:, None, :] == segments[:, :, None]
+    mask = (in_context | in_same_segment).tril()[:, None]  # (B, 1, T, T)
+    x = model.hidden(tokens, positions=positions, mask=mask)  # (B, T, C)
+    x = x.flatten(0, 1)[predicted_at]  # (N, C)
+    # The logits of 512 positions at a time: they are the largest tensors.
+    losses = []
+    for part, part_targets in zip(x.split(512), targets.split(512), strict=True):
+        logits = model.logits(part).float()
+        losses.append(F.cross_entropy(logits, part_targets, reduction="none"))
+    return torch.cat(losses)

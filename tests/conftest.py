@@ -1,4 +1,4 @@
-"""Shared by the tests: scripts run in this process or in one of their own, and the GPT-2 vocabulary."""
+"""Shared by the tests: scripts run in this process or in their own, and GPT-2's vocabulary."""
 
 import atexit
 import json
@@ -13,14 +13,16 @@ import sys
 import tempfile
 import time
 
+from files import atomic_write
 from model import GPTConfig
-from shards import write_whole
+from script import UserError
 from train_gpt2 import MODERN
 
 import pytest
 import torch
 
-# The models are tiny, and two busy processes on two cores slow each other down, in what they start too.
+# The models are tiny, and two busy processes on two cores slow each other down. This holds for the
+# processes that the tests start too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -28,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 MODERN_PARTS = {key: value for key, value in MODERN.items() if hasattr(GPTConfig, key)}
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ["--pos=learned", "--norm=layernorm", "--mlp=gelu", "--qk_norm=False", "--bias=True"]
-GPT2 += ["--embd_norm=False", "--softcap=0", "--zero_init=False", "--tied=True"]
+GPT2 += ["--embd_norm=False", "--softcap=0", "--zero_init=False", "--tie_embeddings=True"]
 TEXT = "".join(
     f"Chapter {i}. The {a} {b} went over the {c} hill, and {i * 37 % 101} people saw it go.\n"
     for i, (a, b, c) in enumerate(
@@ -49,14 +51,14 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def gpt2():
     """The gpt2 Encoding; skips where its vocabulary cannot be had."""
-    from tokenizer import load_tokenizer
+    from data.tokenizer import load_tokenizer
 
     shared = ROOT.parent / "shared" / "tiktoken_cache"
     if "TIKTOKEN_CACHE_DIR" not in os.environ and shared.is_dir():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(shared)
     try:
         return load_tokenizer("gpt2")
-    except SystemExit as e:
+    except UserError as e:
         pytest.skip(str(e))
 
 
@@ -83,15 +85,21 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def command(script, *args, nproc=1, options=()):
-    """What starts a script in a process of its own, or in nproc of torchrun, with torchrun's options."""
+    """The command that starts a script in its own process, or with torchrun in nproc of them."""
     start = [sys.executable]
     if nproc > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *options]
+        start += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={nproc}",
+            *options,
+        ]
     return [*start, str(ROOT / script), *without_a_picture(script, args)]
 
 
 def without_a_picture(script, args):
-    """The arguments; for the trainer, which has matplotlib here, with no picture unless they say when."""
+    """The arguments; for the trainer, without a picture unless they ask for one."""
     asked = script != "train_gpt2.py" or any(arg.startswith("--plot_every") for arg in args)
     return args if asked else ["--plot_every=0", *args]
 
@@ -101,17 +109,18 @@ def forks():
     """Has the process from which others are forked import this file."""
     FORKS.set_forkserver_preload(["conftest"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # multiprocessing does not tell it ours
+        # multiprocessing does not tell it ours
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture
 def spawn(tmp_path, forks):
-    """spawn("train_gpt2.py", ..., nproc=2): run a script in processes of its own, in tmp_path, as torchrun would.
+    """spawn("train_gpt2.py", ..., nproc=2): run a script in its own processes, as torchrun would.
 
-    Or as another launcher: environs are the variables of each process. Returns subprocess.CompletedProcess, its stdout
-    and stderr as text. The processes are forks of one that has only imported torch and the project, which takes them
-    two seconds each otherwise.
+    They run in tmp_path. To act as another launcher, pass environs: the variables of each process.
+    Returns subprocess.CompletedProcess, its stdout and stderr as text. The processes are forks of
+    one that has only imported torch and the project, which would take each of them two seconds.
     """
 
     def call(script, *args, nproc=1, cwd=tmp_path, environs=None):
@@ -135,7 +144,9 @@ def spawn(tmp_path, forks):
                 process.kill()
                 process.join()
             code = next((process.exitcode for process in processes if process.exitcode), 0)
-            return subprocess.CompletedProcess([script, *args], code, out.read_text(), err.read_text())
+            return subprocess.CompletedProcess(
+                [script, *args], code, out.read_text(), err.read_text()
+            )
 
     return call
 
@@ -147,7 +158,12 @@ def environments(nproc):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+    }
     each = ({**shared, "RANK": i, "LOCAL_RANK": i} for i in range(nproc))
     return [os.environ | {key: str(value) for key, value in of.items()} for of in each]
 
@@ -169,21 +185,23 @@ def play(script, args, cwd, environ, out, err):
 @pytest.fixture
 def shards(tmp_path):
     """A folder of byte shards: shard_size 2,000 tokens, one document a line of TEXT."""
+    from data.tokenizer import load_tokenizer
     from fineweb import write_shards
-    from tokenizer import load_tokenizer
 
     folder = tmp_path / "shards"
     texts = TEXT.splitlines(keepends=True)
-    write_shards(texts, load_tokenizer("bytes"), str(folder), "toy", 2000, dataset="toy", subset=None, seed=0)
+    write_shards(
+        texts, load_tokenizer("bytes"), str(folder), "toy", 2000, dataset="toy", subset=None, seed=0
+    )
     return folder
 
 
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(k, action): call action when the trainer asks for the data of step k."""
-    from order import Mixture, TrainOrder
+    from data.loader import Mixture
 
-    batches = TrainOrder.batches
+    batches = Mixture.batches
 
     def patch(k, action):
         def patched(self, first, sequences, *args):
@@ -191,7 +209,6 @@ def at_step(monkeypatch):
                 action()
             return batches(self, first, sequences, *args)
 
-        monkeypatch.setattr(TrainOrder, "batches", patched)
         monkeypatch.setattr(Mixture, "batches", patched)
 
     return patch
@@ -214,12 +231,12 @@ def dies_at(monkeypatch):
     def patch(n, after=False):
         def patched(path, *args):
             if dies := path.endswith(f"_{n:06d}.npy"):
-                monkeypatch.setattr("shards.write_whole", write_whole)
+                monkeypatch.setattr("data.shard_writer.atomic_write", atomic_write)
             if after or not dies:
-                write_whole(path, *args)
+                atomic_write(path, *args)
             if dies:
                 raise ZeroDivisionError
 
-        monkeypatch.setattr("shards.write_whole", patched)
+        monkeypatch.setattr("data.shard_writer.atomic_write", patched)
 
     return patch

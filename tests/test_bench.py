@@ -1,7 +1,6 @@
 """bench.py: the table, and that its contenders do the same work."""
 
 import copy
-import os
 import re
 
 import bench
@@ -10,23 +9,39 @@ from conftest import MODERN_PARTS
 import pytest
 import torch
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--B=1", "--T=16", "--rounds=1", "--dtype=float32"]
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=32",
+    "--B=1",
+    "--T=16",
+    "--rounds=1",
+    "--dtype=float32",
+]
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """bench's settings, for a model that takes no time."""
-    for key, value in dict(n_layer=2, n_head=2, n_embd=32, B=2, T=16, items=3, device="cpu", dtype="float32").items():
+    for key, value in dict(
+        n_layer=2, n_head=2, n_embd=32, B=2, T=16, items=3, device="cpu", dtype="float32"
+    ).items():
         monkeypatch.setattr(bench, key, value)
 
 
 def test_the_table(spawn):
-    result = spawn("bench.py", *TINY, "--what=train", "--against=limit,nanoGPT")
+    result = spawn("dev/bench.py", *TINY, "--what=train", "--against=limit,nanoGPT")
     assert result.returncode == 0, result.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in result.stdout.splitlines()
+        if line[:1] == "|"
+    ]
     assert rows[0] == ["what", "ours", "beside it", "theirs", "ratio", "peak memory"]
     (limit,) = (row for row in rows if row[2] == "limit: matrix product")
-    ours, theirs = (float(re.match(r"[\d,.]+", cell)[0].replace(",", "")) for cell in (limit[1], limit[3]))
+    ours, theirs = (
+        float(re.match(r"[\d,.]+", cell)[0].replace(",", "")) for cell in (limit[1], limit[3])
+    )
     assert 0 < ours < theirs
     assert float(limit[4].strip("*")) == pytest.approx(ours / theirs, abs=0.02)
     assert re.fullmatch(r"[\d.]+ / [\d.]+ GB = [\d.]+", limit[5])
@@ -42,7 +57,7 @@ def test_a_step_of_modern(tiny):
 
 def test_unknown_part(run):
     with pytest.raises(SystemExit, match=r"--what=trane: choose among train,sample"):
-        run("bench.py", "--what=trane")
+        run("dev/bench.py", "--what=trane")
 
 
 def test_transformers_has_our_weights(tiny):
@@ -58,8 +73,12 @@ def test_every_way_to_score_gives_the_same(tiny):
 
 
 def test_other_peoples_scripts_are_not_run(tmp_path):
-    (tmp_path / "theirs.py").write_text("import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n")
-    assert bench.definitions(str(tmp_path), "theirs.py", extra=3).GPT.size == pytest.approx(3.14159, abs=1e-4)
+    (tmp_path / "theirs.py").write_text(
+        "import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n"
+    )
+    assert bench.import_definitions(str(tmp_path), "theirs.py", extra=3).GPT.size == pytest.approx(
+        3.14159, abs=1e-4
+    )
 
 
 def test_weights_in_float16_are_near_those_in_float32():
@@ -68,21 +87,18 @@ def test_weights_in_float16_are_near_those_in_float32():
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("torch was built without FBGEMM")
     torch.manual_seed(0)
-    for settings in ({}, MODERN_PARTS | {"tied": True}, MODERN_PARTS | {"tied": True, "mlp": "swiglu"}):
+    for settings in (
+        {},
+        MODERN_PARTS | {"tie_embeddings": True},
+        MODERN_PARTS | {"tie_embeddings": True, "mlp": "swiglu"},
+    ):
         plain = bench.GPT(bench.GPTConfig(64, 257, 2, 2, 64, **settings)).eval()
-        half, brain = (sample.ready(copy.deepcopy(plain), dtype, "cpu") for dtype in ("auto", "bfloat16"))
-        assert sum(isinstance(m, sample.HalfLinear) for m in half.modules()) == 9
+        half, brain = (
+            sample.prepare_for_sampling(copy.deepcopy(plain), dtype, "cpu")
+            for dtype in ("auto", "bfloat16")
+        )
+        assert sum(isinstance(m, sample.DynamicFP16Linear) for m in half.modules()) == 9
         idx = torch.randint(257, (3, 40))
         near, far = ((plain(idx) - other(idx)).abs().max() for other in (half, brain))
         assert 0 < near < far / 4
         assert len(list(half.generate(idx, 40, 2, temperature=0))) == 40  # past the context
-
-
-def test_what_converts_and_what_copies(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "scratch", str(tmp_path))
-    monkeypatch.setattr(bench, "BIN_TOKENS", 50_000)
-    for contender in bench.PARTS["convert"][1].values():
-        repeat, megabytes = contender()
-        repeat()
-        assert megabytes == pytest.approx(0.4)
-    assert os.listdir(tmp_path) == ["bins"]

@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from script import UserError
+
 import pytest
 
 SCRIPT = '''"""What it does."""
@@ -38,7 +40,15 @@ def test_presets_come_before_the_command_line(configured):
     result = configured("--B=8")
     assert (result["B"], result["max_lr"], result["max_steps"]) == (8, 0.5, 19073)
     assert result["given"] == {"B": 8}
-    assert list(result["settings"]) == ["max_steps", "B", "max_lr", "resume", "ckpt", "init_from", "compile"]
+    assert list(result["settings"]) == [
+        "max_steps",
+        "B",
+        "max_lr",
+        "resume",
+        "ckpt",
+        "init_from",
+        "compile",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +96,22 @@ def test_values(configured, args, key, value):
     ],
 )
 def test_mistakes_are_one_line(configured, args, message):
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         configured(*args)
-    assert e.value.code == message
+    assert str(e.value) == message
 
 
 def test_files_of_settings(configured, tmp_path):
-    (tmp_path / "run.py").write_text('"""A run."""\nmax_steps = 1e2  # short\nmax_lr = 3\ncompile = False\nB = 1\n')
+    (tmp_path / "run.py").write_text(
+        '"""A run."""\nmax_steps = 1e2  # short\nmax_lr = 3\ncompile = False\nB = 1\n'
+    )
     result = configured("run.py", "--B=2")
-    assert (result["max_steps"], result["max_lr"], result["compile"], result["B"]) == (100, 3.0, "False", 2)
+    assert (result["max_steps"], result["max_lr"], result["compile"], result["B"]) == (
+        100,
+        3.0,
+        "False",
+        2,
+    )
     assert configured("--B=2", "run.py")["B"] == 1
 
 
@@ -102,7 +119,10 @@ def test_files_of_settings(configured, tmp_path):
     ("line", "message"),
     [
         ("max_step = 5", "bad.py line 2: there is no setting 'max_step'; did you mean max_steps?"),
-        ("max_steps = 'x'", "bad.py line 2: max_steps = 'x': expected a whole number, such as 19073"),
+        (
+            "max_steps = 'x'",
+            "bad.py line 2: max_steps = 'x': expected a whole number, such as 19073",
+        ),
         ("import os", "bad.py line 2: expected key = literal, such as max_steps = 1000"),
         ("B = print('ran')", "bad.py line 2: expected key = literal, such as max_steps = 1000"),
         ("B = = 1", "bad.py line 2: expected lines of key = literal"),
@@ -110,9 +130,9 @@ def test_files_of_settings(configured, tmp_path):
 )
 def test_files_are_parsed_and_never_run(configured, tmp_path, capsys, line, message):
     (tmp_path / "bad.py").write_text(f"B = 4\n{line}\n")
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         configured("bad.py")
-    assert e.value.code == message
+    assert str(e.value) == message
     assert capsys.readouterr().out == ""
 
 

@@ -7,11 +7,13 @@ import json
 import time
 
 from conftest import TEXT
-import documents
-from documents import Documents, read_text
+from data import documents
+from data.documents import Documents
+from data.readers import read_text
+from data.tokenizer import EOT, load_tokenizer
 import fineweb
 from fineweb import tokenize, write_shards
-from tokenizer import EOT, load_tokenizer
+from script import UserError
 
 import numpy as np
 import pytest
@@ -65,7 +67,13 @@ def test_local_files(run, tmp_path, monkeypatch, kind, streaming):
     else:
         content = jsonl(TEXTS).encode()
         data.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
-    out = run("fineweb.py", f"--dataset={data}", f"--streaming={streaming}", "--tokenizer=bytes", "--out_dir=out")
+    out = run(
+        "fineweb.py",
+        f"--dataset={data}",
+        f"--streaming={streaming}",
+        "--tokenizer=bytes",
+        "--out_dir=out",
+    )
     assert decode(tmp_path / "out", ENC, val_last=True) == expected
     assert "train: 1 shards" in out
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -77,7 +85,10 @@ def test_order_and_size_of_shards(run, tmp_path):
     run("fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--out_dir=out", "--shard_size=500")
     assert decode(tmp_path / "out", ENC) == TEXTS
     names = sorted(p.name for p in (tmp_path / "out").glob("*.npy"))
-    assert names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"] and "djsonl_val_000000.npy" in names
+    assert (
+        names[:2] == ["djsonl_train_000001.npy", "djsonl_train_000002.npy"]
+        and "djsonl_val_000000.npy" in names
+    )
 
 
 @pytest.mark.parametrize("bars", ["0", "1"])
@@ -87,21 +98,6 @@ def test_max_tokens(run, tmp_path, monkeypatch, bars):
     run("fineweb.py", "--dataset=d.jsonl", "--tokenizer=bytes", "--out_dir=out", "--max_tokens=1e3")
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert sum(shard["tokens"] for shard in meta["shards"]) == 1000
-
-
-@pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
-def test_shuffle_buffer_is_a_seeded_permutation(run, tmp_path, name):
-    texts = [t.strip("\n") for t in TEXTS[:40]]
-    (tmp_path / name).write_text(jsonl(texts) if name == "d.jsonl" else f"\n{EOT}\n".join(texts))
-    found = []
-    for i, seed in enumerate((1, 1, 2)):
-        run(
-            "fineweb.py", f"--dataset={name}", "--tokenizer=bytes", "--shuffle_buffer=20", "--shard_size=500",
-            f"--seed={seed}", f"--out_dir=out{i}",
-        )  # fmt: skip
-        found.append(decode(tmp_path / f"out{i}", ENC))
-    assert found[0] == found[1] != found[2]
-    assert sorted(found[0]) == sorted(found[2]) == sorted(texts) and found[0] != texts
 
 
 def test_rows_without_text_are_left_out(tmp_path):
@@ -126,7 +122,7 @@ def test_tokenize_keeps_the_order(gpt2, batch_chars):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Eight files of 400 documents, 3.3 MB: seven batches of tokenize, 67 shards of 50,000 bytes."""
+    """Eight files of 400 documents, 3.3 MB: seven batches of tokenize, 67 shards of 50 kB."""
     (tmp_path / "texts").mkdir()
     for i in range(8):
         texts = [f"{i} {k} {TEXT[:1024]}" for k in range(400)]
@@ -144,9 +140,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [[], ["--streaming=False"], ["--shuffle_buffer=99"], ["--max_tokens=3e6"]])
+@pytest.mark.parametrize("options", [[], ["--streaming=False"], ["--max_tokens=3e6"]])
 def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, options):
-    """Byte for byte the same, and what is finished is not tokenized again, nor read, where that can be."""
+    """Byte for byte the same, and complete shards are not tokenized again."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     run("fineweb.py", *corpus, *options, "--out_dir=whole")
     whole = contents(tmp_path / "whole")
@@ -165,7 +161,7 @@ def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, opti
         monkeypatch.setattr(fineweb, "encode_documents", encode)
         assert contents(tmp_path / f"died{n}") == whole
         if n == 50:
-            assert "died50 has 50 shards: going on behind them" in out
+            assert "died50 has 50 shards: continuing after them" in out
             size = sum(map(len, encoded))
             left = len(whole) - 2 - 50  # shards
             assert size < 5e4 * left + 2 * (1 << 19), "at most a batch too many"
@@ -200,18 +196,25 @@ def test_a_network_that_hiccups(monkeypatch, capsys):
             yield {"text": f"document {i}"}
 
     sleeps = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **how: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **how: datasets.IterableDataset.from_generator(rows)
+    )
     monkeypatch.setattr(documents.time, "sleep", sleeps.append)
     assert list(Documents("fineweb-edu")) == [f"document {i}" for i in range(30)]
     assert sleeps == [2, 4, 8, 2, 4, 8, 16, 32, 2]
-    assert "fineweb-edu: ConnectionError: reset by peer; reading on in 2 s" in capsys.readouterr().err
+    assert (
+        "fineweb-edu: ConnectionError: reset by peer; trying again in 2 s"
+        in capsys.readouterr().err
+    )
     fails[12] = 6
-    with pytest.raises(SystemExit, match=r"^cannot read fineweb-edu: ConnectionError: reset by peer; go online, or"):
+    with pytest.raises(
+        UserError, match=r"^cannot read fineweb-edu: ConnectionError: reset by peer; go online, or"
+    ):
         list(Documents("fineweb-edu"))
 
 
 def test_a_folder_that_is_taken(run, tmp_path, corpus, dies_at):
-    from shards import lock_folder
+    from files import lock_folder
 
     (tmp_path / "out").mkdir()
     lock = lock_folder(str(tmp_path / "out"))
@@ -224,9 +227,18 @@ def test_a_folder_that_is_taken(run, tmp_path, corpus, dies_at):
         run("fineweb.py", *corpus, "--out_dir=out")
     before = contents(tmp_path / "out")
     for args, message in (
-        (["--shard_size=3e4"], r"out holds shards made with shard_size=50000, not 30000: choose another"),
-        (["--seed=2"], r"out holds shards made with seed=1337, not 2: choose another"),
-        (["--max_tokens=1e6"], r"out holds shards made with max_tokens=0, not 1000000: choose another"),
+        (
+            ["--shard_size=3e4"],
+            r"out holds shards made with shard_size=50000, not 30000: choose another",
+        ),
+        (
+            ["--text_column=body"],
+            r"out holds shards made with text_column=text, not body: choose another",
+        ),
+        (
+            ["--max_tokens=1e6"],
+            r"out holds shards made with max_tokens=0, not 1000000: choose another",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             run("fineweb.py", *corpus, *args, "--out_dir=out")
@@ -237,8 +249,10 @@ def test_a_folder_that_is_taken(run, tmp_path, corpus, dies_at):
     with pytest.raises(SystemExit, match=r"own holds shards made with another tokenizer\.json"):
         run("fineweb.py", *corpus, "--tokenizer=own.json", "--out_dir=own")
     for i in range(8):
-        (tmp_path / "texts" / f"{i}.jsonl").write_text(jsonl([f"{i} {k} {TEXT[5:1024]}" for k in range(400)]))
-    with pytest.raises(SystemExit, match=r"out holds the beginning of another text than this"):
+        (tmp_path / "texts" / f"{i}.jsonl").write_text(
+            jsonl([f"{i} {k} {TEXT[5:1024]}" for k in range(400)])
+        )
+    with pytest.raises(SystemExit, match=r"out holds the start of another text"):
         run("fineweb.py", *corpus, "--out_dir=out")
     assert contents(tmp_path / "out") == before
 
@@ -252,7 +266,9 @@ def test_a_complete_folder_is_left_alone(run, tmp_path, corpus):
 
 def test_rows_that_are_no_text(tmp_path):
     values = ["first", 5, None, ["x", "y"], {"a": 1}, "", 2.5, True, [], [{"role": "user"}], "last"]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"text": value}) + "\n" for value in values)
+    )
     assert list(Documents(str(tmp_path / "d.jsonl"))) == ["first", "last"]
 
 
@@ -265,10 +281,14 @@ def test_megabytes_of_one_character(gpt2, char):
     assert time.perf_counter() - start < 30
 
 
-@pytest.mark.parametrize("texts", [TEXTS, [text for text in TEXTS if EOT not in text], ["it 's", "s  ", "\n\n", "s"]])
+@pytest.mark.parametrize(
+    "texts", [TEXTS, [text for text in TEXTS if EOT not in text], ["it 's", "s  ", "\n\n", "s"]]
+)
 def test_a_batch_is_its_documents_one_by_one(gpt2, texts):
     ((tokens, _),) = tokenize(texts, gpt2, np.uint16)
-    assert tokens.tolist() == [i for text in texts for i in [gpt2.eot_token, *gpt2.encode_ordinary(text)]]
+    assert tokens.tolist() == [
+        i for text in texts for i in [gpt2.eot_token, *gpt2.encode_ordinary(text)]
+    ]
 
 
 def test_odd_documents(tmp_path):
@@ -283,10 +303,12 @@ def test_large_vocabularies_are_uint32(tmp_path):
 
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
-    enc = tiktoken.Encoding("big", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    enc = tiktoken.Encoding(
+        "big", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+    )
     meta = write_shards(["abcd"] * 50, enc, str(tmp_path / "out"), "x", dataset="x")
     assert meta["dtype"] == "uint32" and meta["tokenizer"] == "tokenizer.json"
-    from shards import Shards
+    from data.shards import Shards
 
     shards = Shards(str(tmp_path / "out"))
     assert shards.enc.n_vocab == 65_793
@@ -313,7 +335,7 @@ def test_tinyshakespeare_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(documents, "TINYSHAKESPEARE", url + "/broken")
-    with pytest.raises(SystemExit, match=r"cannot download .*; put it at tinyshakespeare\.txt"):
+    with pytest.raises(UserError, match=r"cannot download .*; put it at tinyshakespeare\.txt"):
         list(Documents("tinyshakespeare"))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(documents, "TINYSHAKESPEARE", url + "/whole")
@@ -326,7 +348,7 @@ def test_read_text(tmp_path):
     path.write_bytes(b"one\r\ntwo\n")
     assert read_text(str(path)) == ["one\r\ntwo\n"]
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(SystemExit, match=r"a\.txt: not a readable text file: not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.txt: not a readable text file: not UTF-8"):
         read_text(str(path))
 
 
@@ -340,7 +362,10 @@ def test_read_text(tmp_path):
             ["--dataset=d.jsonl", "--text_column=body"],
             r"has no column 'body': use --text_column= with one of text, id",
         ),
-        (["--dataset=broken.parquet"], r"cannot read broken\.parquet: ArrowInvalid: .*; mend it, and the same"),
+        (
+            ["--dataset=broken.parquet"],
+            r"cannot read broken\.parquet: ArrowInvalid: .*; repair it and repeat the command",
+        ),
         (["--dataset=d.jsonl", "--shard_size=0"], r"--shard_size=0: must be at least 1"),
         (["--dataset=d.jsonl", "--out_dir=full"], r"full holds shards already"),
     ],

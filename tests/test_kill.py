@@ -1,4 +1,4 @@
-"""The trainer and fineweb.py killed with SIGKILL at random moments: what they write in the end is the same.
+"""The trainer and fineweb.py killed with SIGKILL at random moments: they write the same in the end.
 
 A longer campaign: python -m pytest tests/test_kill.py --kills=15 -n 0 -s
 """
@@ -16,20 +16,22 @@ import time
 
 from conftest import TEXT, command, read_log
 from test_train import assert_same_run
-from weights import load_checkpoint
+from training.checkpoint import load_checkpoint
 
 import pytest
 
 RUN = [
-    "--preset=tiny", "--data_dir=shards", "--n_layer=1", "--n_head=1", "--n_embd=16", "--T=16", "--B=8",
-    "--total_batch_size=256", "--warmup_steps=2", "--eval_every=10", "--sample_every=20", "--save_every=7",
-    "--exposure_every=9", "--keep_checkpoints=2", "--resume",
+    "--preset=tiny", "--data_dir=shards", "--n_layer=1", "--n_head=1", "--n_embd=16", "--T=16",
+    "--B=8", "--total_batch_size=256", "--warmup_steps=2", "--eval_every=10", "--sample_every=20",
+    "--save_every=7", "--exposure_every=9", "--keep_checkpoints=2", "--resume",
 ]  # fmt: skip
 
 
 def children(pid):
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -62,7 +64,12 @@ def logged(log_dir):
 def pytest_generate_tests(metafunc):
     if "nproc" in metafunc.fixturenames:
         mix = "shards:0.7,more:0.3"
-        runs = [(1, "bfloat16", "shards"), (2, "float32", mix), (1, "float32", mix), (2, "bfloat16", "shards")]
+        runs = [
+            (1, "bfloat16", "shards"),
+            (2, "float32", mix),
+            (1, "float32", mix),
+            (2, "bfloat16", "shards"),
+        ]
         few = metafunc.config.getoption("kills") == 1
         metafunc.parametrize(("nproc", "dtype", "data_dir"), runs[:2] if few else runs)
 
@@ -70,7 +77,13 @@ def pytest_generate_tests(metafunc):
 def test_trainer(request, spawn, shards, tmp_path, nproc, dtype, data_dir):
     kills = request.config.getoption("kills")
     shutil.copytree(shards, tmp_path / "more")
-    args = ["train_gpt2.py", *RUN, f"--data_dir={data_dir}", f"--dtype={dtype}", f"--max_steps={120 * kills}"]
+    args = [
+        "train_gpt2.py",
+        *RUN,
+        f"--data_dir={data_dir}",
+        f"--dtype={dtype}",
+        f"--max_steps={120 * kills}",
+    ]
     untouched = spawn(*args, "--log_dir=untouched", nproc=nproc)
     assert untouched.returncode == 0, untouched.stderr
     rng = random.Random(f"{nproc} {dtype}")
@@ -90,14 +103,17 @@ def test_trainer(request, spawn, shards, tmp_path, nproc, dtype, data_dir):
             lost = max(lost, logged(tmp_path / "log") - saved)
     last = spawn(*args, nproc=nproc)
     assert last.returncode == 0, last.stderr
-    print(f"\n{nproc} x {dtype}, {data_dir}: {killed} kills, {resumed} resumed, at most {lost} steps lost")
+    print(
+        f"\n{nproc} x {dtype}, {data_dir}: {killed} kills, {resumed} resumed, "
+        f"at most {lost} steps lost"
+    )
     assert killed and resumed and lost <= 7
     assert_same_run(tmp_path / "untouched", tmp_path / "log", 120 * kills)
     for name in ("exposure.jsonl", "log.txt"):
         assert filecmp.cmp(tmp_path / "untouched" / name, tmp_path / "log" / name, shallow=False)
 
 
-@pytest.mark.parametrize("options", [[], ["--shuffle_buffer=50", "--streaming=False"]])
+@pytest.mark.parametrize("options", [[], ["--streaming=False"]])
 def test_fineweb(request, spawn, tmp_path, options):
     kills = request.config.getoption("kills")
     (tmp_path / "texts").mkdir()
@@ -110,7 +126,10 @@ def test_fineweb(request, spawn, tmp_path, options):
     rng = random.Random(str(options))
     killed, shards = 0, []
     for _ in range(kills):
-        process, before = start(tmp_path, *args, "--out_dir=out"), len(list(tmp_path.glob("out/*.npy")))
+        process, before = (
+            start(tmp_path, *args, "--out_dir=out"),
+            len(list(tmp_path.glob("out/*.npy"))),
+        )
         while process.poll() is None and len(list(tmp_path.glob("out/*.npy"))) <= before:
             time.sleep(0.005)
         time.sleep(rng.expovariate(5 * kills))
@@ -121,14 +140,18 @@ def test_fineweb(request, spawn, tmp_path, options):
     print(f"\nfineweb.py {options}: {killed} kills, with {shards} shards written")
     assert killed
     whole, found = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("untouched", "out")
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("untouched", "out")
     )
     assert len(found) > 100 and found == whole
 
 
 def test_a_killed_rank_is_restarted(request, spawn, shards, tmp_path):
-    """torchrun --max-restarts: one of two ranks is killed, then the other; the run ends as if it never was."""
-    args, kills = [*RUN, "--dtype=float32", "--max_steps=100"], min(2, request.config.getoption("kills"))
+    """torchrun --max-restarts: one of two ranks is killed, then the other; the run is the same."""
+    args, kills = (
+        [*RUN, "--dtype=float32", "--max_steps=100"],
+        min(2, request.config.getoption("kills")),
+    )
     assert spawn("train_gpt2.py", *args, "--log_dir=untouched", nproc=2).returncode == 0
     process = start(tmp_path, "train_gpt2.py", *args, nproc=2, options=["--max-restarts=3"])
     for rank in (0, 1)[:kills]:
@@ -137,7 +160,11 @@ def test_a_killed_rank_is_restarted(request, spawn, shards, tmp_path):
         while logged(tmp_path / "log") < before + 20:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        ranks = [pid for pid in children(process.pid) if b"train_gpt2" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ranks = [
+            pid
+            for pid in children(process.pid)
+            if b"train_gpt2" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         os.kill(sorted(ranks)[rank], signal.SIGKILL)
         while set(ranks) & set(children(process.pid)):
             time.sleep(0.1)

@@ -22,8 +22,12 @@ def checkpoint(tmp_path):
 
 
 def test_greedy_text_is_the_models(run, checkpoint):
-    out = run("sample.py", "--prompt=Hello", "--temperature=0", "--max_new_tokens=20", "--dtype=float32")
-    tokens = torch.cat(list(checkpoint.generate(torch.tensor([list(b"Hello")]), 20, temperature=0))).tolist()
+    out = run(
+        "sample.py", "--prompt=Hello", "--temperature=0", "--max_new_tokens=20", "--dtype=float32"
+    )
+    tokens = torch.cat(
+        list(checkpoint.generate(torch.tensor([list(b"Hello")]), 20, temperature=0))
+    ).tolist()
     assert out == "Hello" + bytes(tokens).decode(errors="replace") + "\n"
 
 
@@ -59,14 +63,20 @@ def test_nobody_to_ask(run, checkpoint, monkeypatch):
 
 def test_an_error_between_prompts_is_said(run, checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
-    monkeypatch.setattr("torch.multinomial", mock.Mock(side_effect=RuntimeError("CUDA out of memory. Tried")))
-    with pytest.raises(SystemExit, match=r"^out of memory: try less at once, or a smaller model$"):
+    monkeypatch.setattr(
+        "torch.multinomial", mock.Mock(side_effect=RuntimeError("CUDA out of memory. Tried"))
+    )
+    with pytest.raises(
+        SystemExit, match=r"^out of memory: try a smaller batch, or a smaller model$"
+    ):
         run("sample.py", "--interactive")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk(run, checkpoint):
-    with pytest.raises(SystemExit, match=r"^--out=/dev/full: cannot write this file \(No space left on device\)$"):
+    with pytest.raises(
+        SystemExit, match=r"^--out=/dev/full: cannot write this file \(No space left on device\)$"
+    ):
         run("sample.py", "--out=/dev/full", "--max_new_tokens=5")
 
 
@@ -83,8 +93,8 @@ def test_a_mistake_leaves_the_file_alone(run, tmp_path):
         (["--ckpt=gone.pt"], r"gone\.pt: no such checkpoint"),
         (["--log_dir=empty"], r"no checkpoint in empty/"),
         (["--prompt=FILE:gone.txt"], r"--prompt=FILE:gone\.txt: cannot read this file"),
-        (["--top_p=0"], r"0 < top_p <= 1"),
-        (["--num_samples=0"], r"num_samples >= 1"),
+        (["--top_p=0"], r"--top_p=0\.0: must be more than 0, and 1 at most"),
+        (["--num_samples=0"], r"--num_samples=0: must be at least 1"),
         (["--out=no/such/folder.txt"], r"--out=no/such/folder\.txt: cannot write this file"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Shards that are tokenized already: from a server on this machine that speaks as the hub does, and local files."""
+"""Tokens made by others, in .bin files.
+
+Downloaded from a server on this machine that speaks as the hub does, and local files read in place.
+"""
 
 import contextlib
 import http.server
@@ -10,15 +13,21 @@ import signal
 import subprocess
 import threading
 import time
+import types
 
 from conftest import command, read_log
-from tokenized import splits_first
+from data.shards import Shards, open_shard
+from fineweb import list_token_shards
 
 import numpy as np
 import pytest
 
 REPOSITORY = "karpathy/fineweb-edu-100B-gpt2-token-shards"
-NAMES = ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin", "edu_fineweb_train_000002.bin"]
+NAMES = [
+    "edu_fineweb_val_000000.bin",
+    "edu_fineweb_train_000001.bin",
+    "edu_fineweb_train_000002.bin",
+]
 
 
 def made_up(seed, size=20_000):
@@ -40,11 +49,16 @@ def all_tokens(folder):
     assert meta["complete"] and all(
         shard["split"] == ("train" if i else "val") for i, shard in enumerate(meta["shards"])
     )
-    return np.concatenate([np.load(folder / shard["file"]) for shard in meta["shards"]]), meta
+    return np.concatenate(
+        [open_shard(str(folder / shard["file"])) for shard in meta["shards"]]
+    ), meta
 
 
 class Hub:
-    """The parts of the hub's interface that files of a dataset need. trouble: {file: [what goes wrong, each time]}."""
+    """The parts of the hub's interface that files of a dataset need.
+
+    trouble: {file: [what goes wrong, each time]}
+    """
 
     def __init__(self, files):
         self.files, self.trouble, self.asked, self.pause = files, {}, [], 0.0
@@ -56,12 +70,21 @@ class Hub:
             def answer(self, body):
                 name = self.path.partition("?")[0].rpartition("/")[2]
                 if "/api/datasets/" in self.path:
-                    tree = [{"type": "file", "path": x, "size": len(c), "oid": "0" * 40} for x, c in hub.files.items()]
-                    content, headers = json.dumps(tree).encode(), {"Content-Type": "application/json"}
+                    tree = [
+                        {"type": "file", "path": x, "size": len(c), "oid": "0" * 40}
+                        for x, c in hub.files.items()
+                    ]
+                    content, headers = (
+                        json.dumps(tree).encode(),
+                        {"Content-Type": "application/json"},
+                    )
                 elif name not in hub.files:
                     return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
                 else:
-                    content, headers = hub.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}
+                    content, headers = (
+                        hub.files[name],
+                        {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40},
+                    )
                 wrong = hub.trouble.get(name, []) if body else []
                 wrong = wrong.pop(0) if wrong else ""
                 if wrong == "429":
@@ -72,11 +95,14 @@ class Hub:
                 hub.asked.append((name, start, body))
                 self.send_response(206 if start else 200)
                 for key, value in (
-                    headers | {"Content-Length": str(len(content) - start), "Accept-Ranges": "bytes"}
+                    headers
+                    | {"Content-Length": str(len(content) - start), "Accept-Ranges": "bytes"}
                 ).items():
                     self.send_header(key, value)
                 if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                    self.send_header(
+                        "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                    )
                 self.end_headers()
                 if not body:
                     return
@@ -116,14 +142,20 @@ def hub(gpt2):
 
 
 def fetch(hub, tmp_path, *args, out="out", timeout=90, **how):
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    env = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "NO_PROXY": "127.0.0.1",
+    }
     env.pop("HF_HUB_OFFLINE", None)
-    line = command("fineweb.py", "--dataset=fineweb-edu-gpt2", "--shard_size=20000", f"--out_dir={out}", *args)
-    return subprocess.Popen(line, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = command("fineweb.py", "--dataset=fineweb-edu-gpt2", f"--out_dir={out}", *args)
+    return subprocess.Popen(
+        line, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def test_three_shards_arrive_token_for_token(hub, tmp_path):
-    """In the middle of whose fetching much goes wrong; nothing is left over."""
+    """Although much goes wrong while they are downloaded; nothing is left over."""
     hub.trouble = {NAMES[1]: ["cut"], NAMES[2]: ["429"]}
     process = fetch(hub, tmp_path)
     _, err = process.communicate(timeout=120)
@@ -131,32 +163,48 @@ def test_three_shards_arrive_token_for_token(hub, tmp_path):
     tokens, meta = all_tokens(tmp_path / "out")
     expected = np.concatenate([made_up(i) for i in range(3)])
     assert np.array_equal(tokens, expected)
-    assert (meta["dataset"], meta["subset"], meta["tokenizer"]) == ("fineweb-edu", REPOSITORY, "gpt2")
+    assert (meta["dataset"], meta["subset"], meta["tokenizer"]) == (
+        "fineweb-edu",
+        REPOSITORY,
+        "gpt2",
+    )
     for i, shard in enumerate(meta["shards"]):
-        assert shard["documents"] == np.count_nonzero(made_up(i) == 50256) and shard["bytes"] > 20_000
-    assert sorted(os.listdir(tmp_path / "out")) == [".lock", *sorted(s["file"] for s in meta["shards"]), "meta.json"]
+        assert (
+            shard["documents"] == np.count_nonzero(made_up(i) == 50256) and shard["bytes"] > 20_000
+        )
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        ".lock",
+        *sorted(s["file"] for s in meta["shards"]),
+        "meta.json",
+    ]
     assert not list((tmp_path / "hf").rglob("*.bin")), "the hub's cache holds a second copy"
     assert "README.md" not in {name for name, _, _ in hub.asked}
 
 
 def test_only_as_many_as_are_needed(hub, tmp_path):
+    """Whole files: max_tokens is rounded up to them."""
     process = fetch(hub, tmp_path, "--max_tokens=30000")
     assert process.communicate(timeout=60) and process.returncode == 0
-    assert len(all_tokens(tmp_path / "out")[0]) == 30_000
+    assert len(all_tokens(tmp_path / "out")[0]) == 40_000
     assert NAMES[2] not in {name for name, _, _ in hub.asked}
-    assert ".fetching" not in os.listdir(tmp_path / "out")
+    assert ".cache" not in os.listdir(tmp_path / "out")
 
 
-def test_what_cannot_be_fetched_is_one_line(hub, tmp_path):
+def test_what_cannot_be_downloaded_is_one_line(hub, tmp_path):
     hub.trouble = {NAMES[2]: ["404"] * 9}
     process = fetch(hub, tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err, err
-    assert err.splitlines()[-1].startswith(f"cannot fetch {REPOSITORY}: ") and "the same command goes on" in err
+    assert (
+        err.splitlines()[-1].startswith(f"cannot download {REPOSITORY}: ")
+        and "the same command continues" in err
+    )
     hub.trouble = {}
     again = fetch(hub, tmp_path)
     again.communicate(timeout=60)
-    assert np.array_equal(all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)]))
+    assert np.array_equal(
+        all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)])
+    )
 
 
 def test_no_network(run, tmp_path, gpt2, monkeypatch):
@@ -166,11 +214,13 @@ def test_no_network(run, tmp_path, gpt2, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", lost)
     with pytest.raises(SystemExit) as e:
         run("fineweb.py", "--dataset=kjj0/fineweb10B-gpt2", "--out_dir=none")
-    assert e.value.code.startswith("cannot reach kjj0/fineweb10B-gpt2 on the hub (ConnectionError): go online")
+    assert e.value.code.startswith(
+        "cannot reach kjj0/fineweb10B-gpt2 on the hub (ConnectionError): go online"
+    )
     assert not (tmp_path / "none").exists()
 
 
-def test_killed_while_fetching(hub, tmp_path, pytestconfig):
+def test_killed_while_downloading(hub, tmp_path, pytestconfig):
     """At random moments, and with the same end."""
     hub.pause, rng = 0.02, random.Random(0)
     for _ in range(3 + pytestconfig.getoption("--kills")):
@@ -182,13 +232,23 @@ def test_killed_while_fetching(hub, tmp_path, pytestconfig):
     process = fetch(hub, tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert np.array_equal(all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)]))
-    assert ".fetching" not in os.listdir(tmp_path / "out")
+    assert np.array_equal(
+        all_tokens(tmp_path / "out")[0], np.concatenate([made_up(i) for i in range(3)])
+    )
+    assert ".cache" not in os.listdir(tmp_path / "out")
 
 
 def test_training_starts_with_the_first_two(hub, spawn, tmp_path):
     """And waits for the rest: the log is that of a run that had all from the start."""
-    small = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--T=64", "--B=8", "--total_batch_size=2048", "--max_steps=11"]
+    small = [
+        "--n_layer=1",
+        "--n_head=1",
+        "--n_embd=16",
+        "--T=64",
+        "--B=8",
+        "--total_batch_size=2048",
+        "--max_steps=11",
+    ]
     small += [
         "--data_dir=out",
         "--eval_every=11",
@@ -197,95 +257,137 @@ def test_training_starts_with_the_first_two(hub, spawn, tmp_path):
         "--ewok_every=0",
         "--sample_every=0",
     ]
-    hub.pause = 0.3  # a second and a half for the first two, which come side by side, as does the third
-    process = fetch(hub, tmp_path, "--shard_size=20000")
+    hub.pause = (
+        0.3  # a second and a half for the first two, which come side by side, as does the third
+    )
+    process = fetch(hub, tmp_path)
     end = time.monotonic() + 60
-    while not list((tmp_path / "out").glob("*train_000001.npy")):
+    while not list((tmp_path / "out").glob("*train_000001.bin")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     run = spawn("train_gpt2.py", *small, "--log_dir=early")
     assert run.returncode == 0, run.stderr
     process.communicate(timeout=60)
     assert spawn("train_gpt2.py", *small, "--log_dir=late").returncode == 0
-    assert (tmp_path / "early" / "log.txt").read_text() == (tmp_path / "late" / "log.txt").read_text()
+    assert (tmp_path / "early" / "log.txt").read_text() == (
+        tmp_path / "late" / "log.txt"
+    ).read_text()
     assert list(read_log(tmp_path / "late", "train")) == list(range(11))
 
 
 # -- local --------------------------------------------------------------------------
+SMALL = """--n_layer=1 --n_head=1 --n_embd=16 --T=50 --B=10 --total_batch_size=500 --max_steps=1
+    --eval_every=1 --val_tokens=512 --hellaswag_every=0 --ewok_every=0 --sample_every=0""".split()
+
+
+def tokens_of(split):
+    """The tokens of a split of Shards."""
+    return np.concatenate([open_shard(path) for path, _ in split])
+
+
 def test_local_folders(run, tmp_path, gpt2):
-    """llm.c's and nanoGPT's, with val and without; one file; the trainer says which command it is."""
+    """llm.c's and nanoGPT's, with val and without, read in place; fineweb.py says how."""
     a, b, c = (made_up(i, 9000 + i) for i in range(3))
     for name, files in {
-        "llmc": {"x_val_000000.bin": llmc(a), "x_train_000001.bin": llmc(b), "x_train_000002.bin": llmc(c)},
+        "llmc": {
+            "x_val_000000.bin": llmc(a),
+            "x_train_000001.bin": llmc(b),
+            "x_train_000002.bin": llmc(c),
+        },
         "nano": {"val.bin": a.tobytes(), "train.bin": np.concatenate([b, c]).tobytes()},
+        "one": {"train.bin": np.concatenate([b, c]).tobytes()},
     }.items():
         (tmp_path / name).mkdir()
         for file, content in files.items():
             (tmp_path / name / file).write_bytes(content)
-        with pytest.raises(
-            SystemExit, match=rf"{name}: holds no shards; make them with python fineweb\.py --dataset={name} "
-        ):
-            run("train_gpt2.py", f"--data_dir={name}")
-        run("fineweb.py", f"--dataset={name}", f"--out_dir={name}_out", "--shard_size=7000")
-        tokens, meta = all_tokens(tmp_path / f"{name}_out")
-        assert np.array_equal(tokens, np.concatenate([a, b, c]))
-        assert [shard["tokens"] for shard in meta["shards"]] == [9000, 7000, 7000, 4003]
-        assert meta["dataset"] == name
-    run("fineweb.py", "--dataset=nano", "--out_dir=small")  # less than a shard: val.bin is validation all the same
-    tokens, meta = all_tokens(tmp_path / "small")
-    assert [shard["tokens"] for shard in meta["shards"]] == [9000, 18003]
-    assert np.array_equal(tokens, np.concatenate([a, b, c]))
-    run("fineweb.py", "--dataset=nano/val.bin", "--out_dir=val")  # for --val_dir
-    run("fineweb.py", "--dataset=nano/train.bin", "--out_dir=one", "--shard_size=7000")
-    assert np.array_equal(all_tokens(tmp_path / "one")[0], np.concatenate([b, c]))
+        line = (
+            f"holds .bin tokens, which need no conversion: python train_gpt2.py --data_dir={name}"
+        )
+        for dataset in (name, f"{name}/{list(files)[-1]}"):
+            with pytest.raises(SystemExit) as e:
+                run("fineweb.py", f"--dataset={dataset}", "--out_dir=out")
+            assert e.value.code == f"--dataset={dataset}: {line}"
+        assert not (tmp_path / "out").exists()
+        shards = Shards(name)
+        assert shards.enc.name == "gpt2" and shards.complete and shards.dataset == name
+        assert np.array_equal(tokens_of(shards.train), np.concatenate([b, c]))
+        if name == "one":
+            assert shards.val == []
+        else:
+            assert np.array_equal(tokens_of(shards.val), a)
+        run("train_gpt2.py", *SMALL, f"--data_dir={name}", f"--log_dir={name}_log")
+        assert list(read_log(tmp_path / f"{name}_log", "train")) == [0]
+    assert list(read_log(tmp_path / "llmc_log", "val")) == [0, 1]
+    run("train_gpt2.py", *SMALL, "--data_dir=one", "--val_dir=nano", "--log_dir=both_log")
+    for kind in ("train", "val"):
+        expected = read_log(tmp_path / "nano_log", kind)
+        assert read_log(tmp_path / "both_log", kind) == expected
 
 
-def test_more_files_than_may_be_open(run, tmp_path, gpt2):
+def test_more_files_than_may_be_open(tmp_path, gpt2):
     parts = [made_up(i, 100) for i in range(300)]
     for i, part in enumerate(parts):
         (tmp_path / f"train_{i:06d}.bin").write_bytes(llmc(part))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        run("fineweb.py", f"--dataset={tmp_path}", "--out_dir=out")
+        shards = Shards(str(tmp_path))
+        found = [shards.read(path, 0, size) for path, size in shards.train]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    val, train = (np.load(tmp_path / "out" / shard["file"]) for shard in meta["shards"])  # the last tenth, the rest
-    assert np.array_equal(np.concatenate([train, val]), np.concatenate(parts))
+    assert np.array_equal(np.concatenate(found), np.concatenate(parts))
 
 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (llmc(made_up(0), count=30_000), "says 30000 tokens and holds 20000: it is cut short, fetch it again"),
+        (
+            llmc(made_up(0), count=30_000),
+            "says 30000 tokens and holds 20000: it is cut short, download it again",
+        ),
         (llmc(made_up(0))[:-1], "says 20000 tokens and holds 19999.5: it is cut short"),
-        (llmc(made_up(0), magic=20240801, version=7), "holds Llama 3's tokens (uint32), not GPT-2's"),
-        (made_up(0).tobytes() + b"x", "40001 bytes are no uint16 tokens"),
-        (b"", "0 bytes are no uint16 tokens"),
-        (np.array([50257] + [3] * 500, dtype=np.uint16).tobytes(), "token 50257 at 0 is outside GPT-2's vocabulary"),
+        (
+            llmc(made_up(0), magic=20240801, version=7),
+            "holds Llama 3's tokens (uint32), not GPT-2's",
+        ),
+        (made_up(0).tobytes() + b"x", "40001 bytes are not uint16 tokens"),
+        (b"", "0 bytes are not uint16 tokens"),
+        (
+            np.array([50257] + [3] * 500, dtype=np.uint16).tobytes(),
+            "token 50257 at 0 is outside the vocabulary of gpt2",
+        ),
     ],
 )
 def test_files_that_are_none(run, tmp_path, gpt2, content, line):
-    (tmp_path / "x.bin").write_bytes(content)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "train.bin").write_bytes(content)
     with pytest.raises(SystemExit) as e:
-        run("fineweb.py", "--dataset=x.bin", "--out_dir=out")
+        run("train_gpt2.py", *SMALL, "--data_dir=x")
     assert line in e.value.code and "\n" not in e.value.code
-    assert not (tmp_path / "out").exists()
 
 
 def test_nanogpts_characters(run, tmp_path, gpt2):
     (tmp_path / "shakespeare").mkdir()
     (tmp_path / "shakespeare" / "train.bin").write_bytes(made_up(0).tobytes())
     (tmp_path / "shakespeare" / "meta.pkl").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"holds the characters of nanoGPT's meta\.pkl beside it.*--tokenizer=bytes"):
-        run("fineweb.py", "--dataset=shakespeare", "--out_dir=out")
+    with pytest.raises(
+        SystemExit,
+        match=r"holds the characters of the meta\.pkl next to it.*--tokenizer=bytes",
+    ):
+        run("train_gpt2.py", *SMALL, "--data_dir=shakespeare")
+
+
+def test_another_tokenizer_for_gpt2s_tokens(run, tmp_path):
     with pytest.raises(SystemExit, match="holds GPT-2's tokens; leave out --tokenizer=bytes"):
-        run("fineweb.py", "--dataset=shakespeare", "--out_dir=out", "--tokenizer=bytes")
+        run("fineweb.py", "--dataset=fineweb-edu-gpt2", "--out_dir=out", "--tokenizer=bytes")
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_validation_split_comes_first():
-    assert splits_first(["b_train_2.bin", "a_val.bin", "x.txt", "b_train_1.bin"]) == [
+def test_the_validation_split_comes_first(monkeypatch):
+    names = ["b_train_2.bin", "a_val.bin", "x.txt", "b_train_1.bin"]
+    tree = [types.SimpleNamespace(path=name, size=2024) for name in names]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", lambda *args, **kwargs: tree)
+    assert list(list_token_shards(REPOSITORY, 0)) == [
         "a_val.bin",
         "b_train_1.bin",
         "b_train_2.bin",

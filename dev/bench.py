@@ -1,13 +1,13 @@
-"""How fast is it on this machine, against what you could use instead.
+"""Benchmark training, sampling, scoring and tokenizing on this machine, next to other projects.
 
-    python bench.py                                          # everything, against what is installed
-    python bench.py --what=train,sample --rounds=7
-    python bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt    # clones of theirs, as they are
+    python dev/bench.py                                      # against what is installed
+    python dev/bench.py --what=train,sample --rounds=7
+    python dev/bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
 
-Prints one table of ratios. Each contender runs in a process of its own, with the same weights and work (but for ours
-with --preset=modern, which is another model), and takes turns with ours: a ratio is between medians of the same
-minutes, after two warm-ups. transformers and lm_eval take part if they are installed, and so does the FLOP/s of a large
-matrix product, in tokens.
+Prints one table of ratios. Each contender runs in its own process, with the same weights and work
+(except --preset=modern, which is another model), and takes turns with ours: a ratio compares
+medians of the same minutes, after two warm-ups. transformers and lm_eval are included if they are
+installed, and so is the FLOP/s of a large matrix product, in tokens.
 """
 
 import ast
@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import statistics
 import sys
 import sysconfig
@@ -29,27 +28,30 @@ import tempfile
 import time
 import types
 
-from configurator import configure, cores, current_settings
-from documents import Documents, read_text
-import export
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+
+from configurator import configure, current_settings
+from data.documents import Documents
+from data.readers import read_text
+from data.tokenizer import load_tokenizer
+from device import pick_autocast, pick_compile, pick_device, pick_dtype, tune_malloc
 import fineweb
 import hellaswag
+from huggingface import to_hugging_face
 from model import GPT, GPTConfig
-from optimizers import configure_optimizers
-from parallel import keep_freed_memory, pick_autocast, pick_compile, pick_device, pick_dtype
 import sample
 from scoring import score_completions
-from tokenized import MAGIC, Tokens
-from tokenizer import load_tokenizer
+from script import UserError, num_cpus, run_as_script
 import train_gpt2
+from training.optimizers import configure_optimizers
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 # -- settings: override any with --key=value --------------------------------------
-what = "train,sample,score,tokenize,convert"  # which parts
-against = ""  # only contenders with one of these words in their names, such as transformers,limit; empty: all
+what = "train,sample,score,tokenize"  # which parts to run
+against = ""  # only contenders whose names have one of these words; empty: all
 rounds = 5  # turns that each contender takes
 nanogpt = ""  # a clone of github.com/karpathy/nanoGPT, to run its model as well
 build_nanogpt = ""  # a clone of github.com/karpathy/build-nanogpt, likewise
@@ -68,22 +70,24 @@ compile = "auto"  # torch.compile of our training step: true, false, or auto, wh
 scratch = ""  # a folder to work in; empty: a temporary one
 
 VOCAB = 50257
-BIN_TOKENS = 100_000_000  # of a .bin shard, as those of the hub have
 
 
 def new_model(**parts):
-    """Our GPT-2, with the weights that every contender has; parts: fields of GPTConfig that are to differ."""
+    """Our GPT-2 with the weights of all contenders; parts: other fields of GPTConfig."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts))
+    return GPT(
+        GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts)
+    )
 
 
-# -- the contenders: functions that return (repeat, the units of work that a call of it does) -----------------
+# -- the contenders ----------------------------------------------------------------
+# Functions that return (step, the units of work that a call of step() does).
 def training(model, loss, optimizers, autocast):
     """Steps of a model on random tokens: loss(x, y) is its loss."""
     x, y = torch.randint(VOCAB, (2, B, T), device=device)
     model.train()
 
-    def repeat():
+    def step():
         with autocast:
             value = loss(x, y)
         value.backward()
@@ -93,17 +97,23 @@ def training(model, loss, optimizers, autocast):
             optimizer.zero_grad(set_to_none=True)
         return value.item()
 
-    return repeat, B * T
+    return step, B * T
 
 
 def train_ours(preset="gpt2"):
-    keep_freed_memory()
-    s = train_gpt2.file_settings(preset)
+    tune_malloc()
+    s = train_gpt2.preset_settings(preset)
     heads = n_head if preset == "gpt2" or n_embd % 128 else n_embd // 128
-    parts = {key: s[key] for key in train_gpt2.ARCHITECTURE} | {"n_layer": n_layer, "n_head": heads, "n_embd": n_embd}
+    parts = {key: s[key] for key in train_gpt2.MODEL_KEYS} | {
+        "n_layer": n_layer,
+        "n_head": heads,
+        "n_embd": n_embd,
+    }
     model = new_model(**parts).to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
-    optimizers = configure_optimizers(model, s["weight_decay"], s["max_lr"], (s["beta1"], s["beta2"]), s["optimizer"])
+    optimizers = configure_optimizers(
+        model, s["weight_decay"], s["max_lr"], (s["beta1"], s["beta2"]), s["optimizer"]
+    )
     return training(model, forward, optimizers, pick_autocast(dtype, device, cache=False))
 
 
@@ -114,14 +124,18 @@ def train_transformers(compiled=False):
     def loss(x, y):
         return F.cross_entropy(forward(input_ids=x).logits.float().flatten(0, 1), y.flatten())
 
-    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True
+    )
     return training(model, loss, [optimizer], pick_autocast(dtype, device))
 
 
 def train_nanogpt():
-    """On GPUs nanoGPT trains in bfloat16 and compiles; its README's way on a CPU is float32, not compiled."""
-    theirs, on_gpu = definitions(nanogpt, "model.py"), device.startswith("cuda")
-    model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
+    """On GPUs nanoGPT trains in bfloat16, compiled; on a CPU in float32 (its README)."""
+    theirs, on_gpu = import_definitions(nanogpt, "model.py"), device.startswith("cuda")
+    model = theirs.GPT(
+        theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    ).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.split(":")[0])
     forward = torch.compile(model) if on_gpu else model
     autocast = pick_autocast(dtype, device) if on_gpu else contextlib.nullcontext()
@@ -130,7 +144,7 @@ def train_nanogpt():
 
 def train_build_nanogpt():
     """build-nanogpt trains in bfloat16 everywhere, and does not compile."""
-    theirs = definitions(build_nanogpt, "train_gpt2.py", master_process=False)
+    theirs = import_definitions(build_nanogpt, "train_gpt2.py", master_process=False)
     model = theirs.GPT(theirs.GPTConfig(1024, 50304, n_layer, n_head, n_embd)).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, device.split(":")[0])
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16)
@@ -141,7 +155,7 @@ drain = partial(collections.deque, maxlen=0)  # exhausts an iterator
 
 
 def sample_ours():
-    model = sample.ready(new_model().to(device), dtype, device)
+    model = sample.prepare_for_sampling(new_model().to(device), dtype, device)
     idx = torch.arange(16, device=device)[None]
     how = {"temperature": 0.8, "top_k": 200}
     return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens
@@ -150,18 +164,26 @@ def sample_ours():
 def sample_transformers():
     model = transformers_model(pick_dtype(dtype, device)).eval()
     idx = torch.arange(16, device=model.device)[None]
-    how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": VOCAB - 1, "eos_token_id": None}
+    how = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 200,
+        "pad_token_id": VOCAB - 1,
+        "eos_token_id": None,
+    }
 
-    def repeat():
-        out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **how)
+    def step():
+        out = model.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **how
+        )
         assert out.size(1) == 16 + max_new_tokens
 
-    return repeat, max_new_tokens
+    return step, max_new_tokens
 
 
 @functools.cache
 def score_pairs():
-    """(context, ending) lists of token ids, four of each item: of HellaSwag, or of its lengths and random."""
+    """(context, ending) lists of token ids, four per item: HellaSwag's, or random ones."""
     if hellaswag_data:
         enc = load_tokenizer("gpt2")
         found = hellaswag.load_items(hellaswag_data, limit=items)
@@ -170,36 +192,40 @@ def score_pairs():
     pairs = []
     for _ in range(items):
         context = rng.integers(VOCAB, size=rng.integers(15, 90)).tolist()
-        pairs += [(context, rng.integers(VOCAB, size=rng.integers(10, 40)).tolist()) for _ in range(4)]
+        pairs += [
+            (context, rng.integers(VOCAB, size=rng.integers(10, 40)).tolist()) for _ in range(4)
+        ]
     return pairs
 
 
 def score_ours():
     model, pairs = new_model().to(device).eval(), score_pairs()
 
-    def repeat():
+    def step():
         with pick_autocast(dtype, device):
             return score_completions(model, pairs)[0].tolist()
 
-    return repeat, items
+    return step, items
 
 
 def score_item_by_item():
-    """The four completions of an item, padded, with all their logits in float32, then the next item."""
+    """The four completions of an item, padded, all logits in float32; then the next item."""
     model, pairs = new_model().to(device).eval(), score_pairs()
 
     @torch.no_grad()
-    def repeat():
+    def step():
         sums = []
         for i in range(0, len(pairs), 4):
             texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + 4]]
             idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
-            losses = F.cross_entropy(model(idx)[:, :-1].transpose(1, 2), idx[:, 1:], reduction="none")
+            losses = F.cross_entropy(
+                model(idx)[:, :-1].transpose(1, 2), idx[:, 1:], reduction="none"
+            )
             for row, (context, ending) in zip(losses, pairs[i : i + 4], strict=True):
                 sums.append(-row[len(context) - 1 : len(context) + len(ending) - 1].sum().item())
         return sums
 
-    return repeat, items
+    return step, items
 
 
 def score_lm_eval(batch_size=4):
@@ -209,9 +235,13 @@ def score_lm_eval(batch_size=4):
     from transformers import PreTrainedTokenizerFast
 
     model = transformers_model(pick_dtype(dtype, device))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), eos_token="<|endoftext|>"
+    )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    requests = [(("", str(i)), context, ending) for i, (context, ending) in enumerate(score_pairs())]
+    requests = [
+        (("", str(i)), context, ending) for i, (context, ending) in enumerate(score_pairs())
+    ]
     return lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), items
 
 
@@ -221,7 +251,9 @@ def corpus():
     if not os.path.exists(path):
         sources = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
         with open(path, "w") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for s in sources for text in read_text(s))
+            f.writelines(
+                json.dumps({"text": text}) + "\n" for s in sources for text in read_text(s)
+            )
     return path
 
 
@@ -229,11 +261,11 @@ def write_texts(write):
     """write(texts, enc, folder) on the corpus, into a new folder each time."""
     enc = load_tokenizer("gpt2")
 
-    def repeat():
+    def step():
         with tempfile.TemporaryDirectory() as folder:
             write(Documents(corpus()), enc, folder)
 
-    return repeat, sum(len(ids) for ids in enc.encode_ordinary_batch(list(Documents(corpus()))))
+    return step, sum(len(ids) for ids in enc.encode_ordinary_batch(list(Documents(corpus()))))
 
 
 def tokenize_ours():
@@ -247,8 +279,8 @@ def encode_for_pool(text):
 
 
 def tokenize_pool():
-    """As build-nanogpt's fineweb.py: a pool of half the cores, texts and arrays pickled between processes."""
-    pool = multiprocessing.get_context("fork").Pool(max(1, cores() // 2))
+    """As build-nanogpt's fineweb.py: a pool of half the cores, with pickled texts and arrays."""
+    pool = multiprocessing.get_context("fork").Pool(max(1, num_cpus() // 2))
 
     def write(texts, enc, folder):
         arrays = list(pool.imap(encode_for_pool, texts, chunksize=16))
@@ -257,30 +289,7 @@ def tokenize_pool():
     return write_texts(write)
 
 
-def made_up_bins():
-    """(a folder of four of llm.c's .bin shards, MB of their tokens)."""
-    folder = os.path.join(scratch, "bins")
-    os.makedirs(folder, exist_ok=True)
-    tokens = np.random.default_rng(0).integers(VOCAB, size=BIN_TOKENS, dtype=np.uint16)
-    for i in range(4):
-        with open(os.path.join(folder, f"{'train' if i else 'val'}_{i:06d}.bin"), "wb") as f:
-            np.array([MAGIC, 1, len(tokens)] + [0] * 253, "<i4").tofile(f)
-            tokens.tofile(f)
-    return folder, 4 * tokens.nbytes / 1e6
-
-
-def convert_ours():
-    folder, size = made_up_bins()
-    enc = load_tokenizer("gpt2")
-
-    def repeat():
-        with tempfile.TemporaryDirectory(dir=scratch) as out:
-            fineweb.write_shards(Tokens(folder, out), enc, out, "bench")
-
-    return repeat, size
-
-
-# -- what the machine can do, in the units of the contenders ------------------------------------------------
+# -- what the machine can do, in the units of the contenders --------------------------
 def matmul():
     """Training tokens whose FLOPs a large matrix product does in the same time."""
     n, times = (8192, 20) if device.startswith("cuda") else (2048, 4)
@@ -288,32 +297,22 @@ def matmul():
     return lambda: [a @ b for _ in range(times)], times * 2 * n**3 / new_model().flops_per_token(T)
 
 
-def copy_bins():
-    """The bytes of convert_ours, copied and on the disk."""
-    folder, size = made_up_bins()
-
-    def repeat():
-        with tempfile.TemporaryDirectory(dir=scratch) as out:
-            for name in os.listdir(folder):
-                path = shutil.copy(os.path.join(folder, name), out)
-                with open(path, "rb") as f:
-                    os.fsync(f.fileno())
-
-    return repeat, size
-
-
-# -- other people's code ------------------------------------------------------------------------------------
-def definitions(clone, name, **variables):
-    """A module of the imports, classes and functions of a script in a clone, whose other lines are not run."""
+# -- other people's code -------------------------------------------------------------
+def import_definitions(clone, name, **variables):
+    """The imports, classes and functions of a script in a clone; its other lines are not run."""
     if not clone:
-        sys.exit("there is no clone of it: --nanogpt= or --build_nanogpt= names one")
+        raise UserError("there is no clone of it: --nanogpt= or --build_nanogpt= names one")
     path = os.path.join(clone, name)
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # their hellaswag.py, not ours
     for name in ("hellaswag", "model"):
         sys.modules.pop(name, None)
     with open(path) as f:
         tree = ast.parse(f.read())
-    tree.body = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)]
+    tree.body = [
+        x
+        for x in tree.body
+        if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)
+    ]
     module = types.ModuleType("theirs")
     sys.modules["theirs"] = module  # dataclasses look there
     module.__dict__.update(variables)
@@ -325,13 +324,13 @@ def transformers_model(precision):
     """transformers' GPT-2 with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config, weights = export.gpt2(new_model())
-    theirs = GPT2LMHeadModel(GPT2Config(**config, vocab_size=VOCAB))
-    theirs.load_state_dict({name: w[:VOCAB] if len(w) > VOCAB else w for name, w in weights.items()})
-    return theirs.to(device, precision)
+    config, weights = to_hugging_face(new_model(), VOCAB)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    model.load_state_dict(weights, strict=False)  # lm_head is tied to wte
+    return model.to(device, precision)
 
 
-# -- the race -----------------------------------------------------------------------------------------------
+# -- the comparison -----------------------------------------------------------------
 PARTS = {  # unit, {contender: function}; the first is ours, a limit is the machine's
     "train": ("tokens", {
         "ours": train_ours,
@@ -344,83 +343,119 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
     }),
     "sample": ("tokens", {"ours": sample_ours, "transformers": sample_transformers}),
     "score": ("items", {
-        "ours": score_ours, "item by item (as build-nanogpt)": score_item_by_item, "lm_eval": score_lm_eval,
+        "ours": score_ours,
+        "item by item (as build-nanogpt)": score_item_by_item,
+        "lm_eval": score_lm_eval,
     }),
     "tokenize": ("tokens", {"ours": tokenize_ours, "pool.imap (build-nanogpt)": tokenize_pool}),
-    "convert": ("MB", {"ours": convert_ours, "limit: copy": copy_bins}),
 }  # fmt: skip
 
 
 def prepare(settings, part, name):
-    """The start of a contender's process; returns the units of work of a turn."""
-    global repeat
+    """Set up a contender in its own process; returns the units of work of a turn."""
+    global step
     globals().update(settings)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
-    repeat, units = PARTS[part][1][name]()
+    step, units = PARTS[part][1][name]()
     return units
 
 
-def turn():
-    """(seconds, peak memory in bytes so far) of a turn in a process that prepare() has prepared."""
+def time_once():
+    """(seconds, peak memory in bytes so far) of a turn, in a process that prepare() has set up."""
     start = time.perf_counter()
-    repeat()
+    step()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated()
-    seconds, unit = time.perf_counter() - start, 1 if sys.platform == "darwin" else 1024
+    seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def enter(part, name):
-    """(process, units of work of its turns), warmed up; None, and a row that says why, if it cannot take part."""
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    try:
-        units = process.submit(prepare, current_settings(globals()), part, name).result()
+class Contender:
+    """A contender in its own process, warmed up."""
+
+    def __init__(self, part, name):
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        settings = current_settings(globals())
+        self.units = self.process.submit(prepare, settings, part, name).result()
+        self.turns = []  # (seconds, bytes)
         for _ in range(2):
-            process.submit(turn).result()
-        return process, units
-    except (Exception, SystemExit) as e:
-        why = str(e) if isinstance(e, SystemExit) else f"{type(e).__name__}: {e}".partition("\n")[0]
-        print(f"| {part} | | {name} | left out: {why} | | |", flush=True)
+            self.process.submit(time_once).result()
+
+    def take_turn(self):
+        self.turns.append(self.process.submit(time_once).result())
+
+    def rate(self):
+        """Units of work per second, by the median turn."""
+        return self.units / statistics.median(seconds for seconds, _ in self.turns)
+
+    def peak_gb(self):
+        return self.turns[-1][1] / 1e9
 
 
-def race(part):
+def start_contender(part, name):
+    """A Contender; None, with a row that says why, if it cannot take part."""
+    try:
+        return Contender(part, name)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0].removeprefix("UserError: ")
+        print(f"| {part} | | {name} | left out: {reason} | | |", flush=True)
+        return None
+
+
+def format_rate(rate, unit):
+    digits = 1 if rate < 100 else 0
+    return f"{rate:,.{digits}f} {unit}/s"
+
+
+def compare(part):
     """Print how the first contender of a part compares with each of the others."""
     unit, (first, *others) = PARTS[part]
-    ours = enter(part, first)
-    for name in others if ours else []:
-        theirs = enter(part, name) if any(word in name for word in against.split(",")) else None
-        if not theirs:
+    ours = start_contender(part, first)
+    if ours is None:
+        return
+    for name in others:
+        if not any(word in name for word in against.split(",")):
             continue
-        rounds_of_both = [[process.submit(turn).result() for process, _ in (ours, theirs)] for _ in range(rounds)]
-        theirs[0].shutdown()
-        rates, peaks = [], []
-        for turns, (_, units) in zip(zip(*rounds_of_both, strict=True), (ours, theirs), strict=True):
-            rates.append(units / statistics.median(seconds for seconds, _ in turns))
-            peaks.append(turns[-1][1])
-        cells = [f"{rate:,.{1 if rate < 100 else 0}f} {unit}/s" for rate in rates]
-        memory = f"{peaks[0] / 1e9:.1f} / {peaks[1] / 1e9:.1f} GB = {peaks[0] / peaks[1]:.2f}"
-        print(f"| {part} | {cells[0]} | {name} | {cells[1]} | **{rates[0] / rates[1]:.2f}** | {memory} |", flush=True)
+        theirs = start_contender(part, name)
+        if theirs is None:
+            continue
+        ours.turns = []
+        for _ in range(rounds):  # in alternation
+            ours.take_turn()
+            theirs.take_turn()
+        theirs.process.shutdown()
+        ratio = ours.rate() / theirs.rate()
+        rates = [format_rate(x.rate(), unit) for x in (ours, theirs)]
+        peaks = (ours.peak_gb(), theirs.peak_gb())
+        memory = f"{peaks[0]:.1f} / {peaks[1]:.1f} GB = {peaks[0] / peaks[1]:.2f}"
+        row = f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |"
+        print(row, flush=True)
 
 
 def main():
     if set(what.split(",")) - set(PARTS):
-        sys.exit(f"--what={what}: choose among {','.join(PARTS)}")
+        raise UserError(f"--what={what}: choose among {','.join(PARTS)}")
     if rounds < 1:
-        sys.exit(f"--rounds={rounds}: must be at least 1")
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cores()} CPU cores"
+        raise UserError(f"--rounds={rounds}: must be at least 1")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{num_cpus()} CPU cores"
+    )
     precision, size = str(pick_dtype(dtype, device))[6:], new_model().num_params() / 1e6
     print(f"{name}, {precision}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{size:.0f}M parameters, training on {B} x {T} tokens, medians of {rounds} turns\n")
     print("| what | ours | beside it | theirs | ratio | peak memory |\n|---|---|---|---|---|---|")
     for part in what.split(","):
-        race(part)
+        compare(part)
 
 
 if __name__ == "__main__":
-    configure(globals())
-    device = pick_device(device)
-    with tempfile.TemporaryDirectory() as folder:
+    with run_as_script(), tempfile.TemporaryDirectory() as folder:
+        configure(globals())
+        device = pick_device(device)
         scratch = scratch or folder
         main()

@@ -1,0 +1,224 @@
+"""Token shards: the files that fineweb.py writes and train_gpt2.py reads.
+
+A folder of 1-D .npy arrays, <prefix>_val_000000.npy, <prefix>_train_000001.npy, ..., uint16 (uint32
+if the vocabulary needs it), 100M tokens each by default. Each document starts with <|endoftext|>
+and continues in the next shard where one ends. meta.json says what is in them: dataset, subset,
+seed, tokenizer, vocab_size, dtype, `complete`, and for each shard its file, split, tokens,
+documents (those that start in it) and UTF-8 bytes. A folder without meta.json holds GPT-2 tokens
+and is read in place: build-nanogpt's .npy shards, llm.c's .bin shards, or nanoGPT's train.bin and
+val.bin.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import zlib
+
+from data.tokenizer import load_tokenizer, tokenizer_state
+from script import UserError
+
+import numpy as np
+
+NO_SHARD_YET = "no shard is complete yet: wait for fineweb.py, or start it again if it has ended"
+SHARD_NAME = re.compile(r"(train|val)\D*\d*\.(npy|bin)$")
+# The first number in a .bin file of llm.c, for GPT-2 and for Llama 3.
+LLMC_MAGIC = 20240520
+LLAMA3_MAGIC = 20240801
+
+
+def has_shards(data_dir):
+    """Whether the folder exists and has .npy or .bin files."""
+    try:
+        if not os.path.isdir(data_dir):
+            return False
+        return any(name.endswith((".npy", ".bin")) for name in os.listdir(data_dir))
+    except OSError as e:
+        raise UserError(f"{data_dir}: cannot be read ({e.strerror})")
+
+
+def open_shard(path):
+    """A shard, memory-mapped: a 1-D array of uint16 or uint32; UserError if it is not one."""
+    try:
+        if path.endswith(".bin"):
+            return open_bin(path)
+        tokens = np.load(path, mmap_mode="r")
+    except PermissionError:
+        raise UserError(f"{path}: you may not read this file")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(
+            f"{path}: corrupt or missing shard ({e}); make it again with python fineweb.py"
+        )
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        found = f"{tokens.ndim}-D {tokens.dtype}"
+        raise UserError(f"{path}: expected a 1-D array of uint16 or uint32, found {found}")
+    return tokens
+
+
+def open_bin(path):
+    """GPT-2 tokens of a .bin file, memory-mapped: 1-D, uint16.
+
+    llm.c's has a header of 256 int32 (magic number, version 1, number of tokens, ...); nanoGPT's
+    has none. Raises UserError for other tokens, and for a file that is cut short.
+    """
+    # The header tells llm.c's formats apart.
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=256)
+    magic = header[0] if size >= 12 else None
+    if magic == LLAMA3_MAGIC:
+        raise UserError(
+            f"{path}: holds Llama 3's tokens (uint32), not GPT-2's: use GPT-2's version"
+        )
+    if magic == LLMC_MAGIC:
+        if header[1] != 1 or size != 1024 + 2 * int(header[2]):
+            raise UserError(
+                f"{path}: says {header[2]} tokens and holds {(size - 1024) / 2:g}: it is cut "
+                "short, download it again"
+            )
+        return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    # Without a header it is nanoGPT's: GPT-2 tokens, unless there is a vocabulary of characters.
+    if os.path.exists(os.path.join(os.path.dirname(path), "meta.pkl")):
+        hint = (
+            "python fineweb.py --tokenizer=bytes --dataset= with the text that they were made from"
+        )
+        raise UserError(
+            f"{path}: holds the characters of the meta.pkl next to it, not GPT-2's tokens; {hint}"
+        )
+    if size % 2 or not size:
+        raise UserError(
+            f"{path}: {size} bytes are not uint16 tokens; it is cut short or another file"
+        )
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def read_meta(data_dir):
+    """The dict of a folder's meta.json, None if it has none. Raises UserError if it is damaged."""
+    path = f"{data_dir}/meta.json"
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as f:
+            meta = json.load(f)
+        # Check for what the readers need, and say what is missing.
+        missing = {"shards", "complete", "tokenizer"} - meta.keys()
+        for shard in meta.get("shards", []):
+            missing |= {"file", "split"} - shard.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except PermissionError:
+        raise UserError(f"{path}: you may not read this file")
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(
+            f"{path}: damaged ({type(e).__name__}: {e}); make the shards again with python "
+            "fineweb.py"
+        )
+    return meta
+
+
+def default_meta(data_dir):
+    """What meta.json would say of a folder without one; UserError if it holds no shards."""
+    # The names decide which split a file belongs to.
+    names = sorted(name for name in os.listdir(data_dir) if SHARD_NAME.search(name))
+    if not names:
+        raise UserError(
+            f"{data_dir}: shards are named *_train_000001.npy and *_val_000000.npy (or .bin); "
+            "none here is"
+        )
+    shards = [{"file": name, "split": SHARD_NAME.search(name)[1]} for name in names]
+    # build-nanogpt's .npy shards are of FineWeb-Edu.
+    is_npy = names[0].endswith(".npy")
+    dataset = "fineweb-edu" if is_npy else os.path.basename(os.path.abspath(data_dir))
+    return {"dataset": dataset, "tokenizer": "gpt2", "complete": True, "shards": shards}
+
+
+class Shards:
+    """The shards of one folder.
+
+    dataset is the name of what they were made from, enc their tokenizer; train and val are lists of
+    (path, number of tokens); complete is False while fineweb.py is still writing. Raises UserError
+    if the folder holds no shards or one is damaged.
+    """
+
+    def __init__(self, data_dir):
+        self.data_dir = data_dir
+        # Only two shards are mapped at a time, however many there are.
+        self._open = functools.lru_cache(maxsize=2)(open_shard)
+        self.checksum = functools.cache(self._checksum)
+        if not has_shards(data_dir):
+            raise UserError(no_shards_message(data_dir))
+        meta = self.refresh()
+        self.dataset = meta.get("dataset")
+        name = meta["tokenizer"]
+        self.enc = load_tokenizer(f"{data_dir}/{name}" if name.endswith(".json") else name)
+        vocab_size = meta.get("vocab_size", self.enc.n_vocab)
+        if vocab_size != self.enc.n_vocab:
+            raise UserError(
+                f"{data_dir}/meta.json: says {vocab_size} tokens, its tokenizer {name} has "
+                f"{self.enc.n_vocab}; make the shards again with python fineweb.py"
+            )
+
+    def check_tokenizer(self, name, enc):
+        """Raise UserError if enc, the tokenizer of `name`, is not the tokenizer of these shards."""
+        if tokenizer_state(enc) != tokenizer_state(self.enc):
+            raise UserError(
+                f"{name} has the tokenizer {enc.name} ({enc.n_vocab} tokens), {self.data_dir} has "
+                f"{self.enc.name} ({self.enc.n_vocab} tokens): make shards with the model's own"
+            )
+
+    def refresh(self):
+        """Read the folder again; returns the dict of meta.json."""
+        # Every shard is opened once, to compare its size with meta.json's.
+        meta = read_meta(self.data_dir) or default_meta(self.data_dir)
+        if not meta["shards"]:
+            raise UserError(f"{self.data_dir}: {NO_SHARD_YET}")
+        self.complete = meta["complete"]
+        self.train = []
+        self.val = []
+        for shard in meta["shards"]:
+            path = f"{self.data_dir}/{shard['file']}"
+            size = len(self._open(path))
+            expected = shard.get("tokens", size)
+            if size != expected:
+                raise UserError(
+                    f"{path}: holds {size} tokens, meta.json says {expected}; make it again"
+                )
+            split = self.train if shard["split"] == "train" else self.val
+            split.append((path, size))
+        return meta
+
+    def _checksum(self, path, size):
+        """[file name, tokens, CRC-32 of eight slices] of a shard of `size` tokens."""
+        tokens = self._open(path)
+        # Eight slices are enough to notice other data, and take no time.
+        crc = 0
+        for start in range(0, size, -(-size // 8)):
+            crc = zlib.crc32(tokens[start : start + 4096].tobytes(), crc)
+        return [os.path.basename(path), size, crc]
+
+    def read(self, path, start, count):
+        """`count` tokens of a shard from `start` on, int64.
+
+        Raises UserError if one is outside the vocabulary.
+        """
+        tokens = self._open(path)[start : start + count].astype(np.int64)
+        if tokens.max(initial=0) >= self.enc.n_vocab:
+            vocabulary = f"the vocabulary of {self.enc.name} ({self.enc.n_vocab} tokens)"
+            raise UserError(
+                f"{path}: token {tokens.max()} at {start + tokens.argmax()} is outside "
+                f"{vocabulary}; the shard is corrupt or another tokenizer's"
+            )
+        return tokens
+
+
+def no_shards_message(data_dir):
+    """What to say of a folder without shards, and what to do."""
+    if os.path.exists(f"{data_dir}/.lock"):
+        return f"{data_dir}: {NO_SHARD_YET}"
+    # A folder of texts was given where shards are expected, or nothing is there.
+    quoted = shlex.quote(data_dir)
+    if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
+        command = f"python fineweb.py --dataset={quoted} --out_dir=my_shards"
+        return f"{data_dir}: holds no shards; make them with {command}"
+    folder = os.path.abspath(data_dir)
+    return f"no shards in {folder}/: make them with python fineweb.py --out_dir={quoted}"

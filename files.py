@@ -1,0 +1,70 @@
+"""Files that are complete or absent: atomic writes, locked folders, downloads."""
+
+import os
+import time
+
+from script import UserError
+
+import filelock  # torch and datasets depend on it
+import requests
+from tqdm import tqdm
+
+
+def atomic_write(path, write):
+    """write(file) under a temporary name, then rename: the file at path is always complete."""
+    try:
+        # The data must be on the disk before the name points to it.
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+def lock_folder(folder):
+    """Make the folder and lock it until this process ends. Returns the lock, which must be kept.
+
+    Raises UserError if another process holds it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    # The operating system frees the lock when the process ends, however it does.
+    lock = filelock.FileLock(f"{folder}/.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}/ is in use by another process that writes to it: wait, or choose another"
+        )
+    except NotImplementedError:
+        print(f"warning: the file system of {folder}/ has no locks: nothing else may write to it")
+    return lock
+
+
+def download(url, path, timeout=30, tries=3):
+    """Download url to path with a progress bar, completely or not at all.
+
+    Errors of the network or the server are tried again, after 1, 2, 4, ... seconds. Raises
+    requests' exceptions.
+    """
+
+    def fetch(f):
+        with requests.get(url, stream=True, timeout=timeout) as r:
+            r.raise_for_status()
+            total = int(r.headers.get("content-length", 0)) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path) as bar:
+                for chunk in r.iter_content(1 << 20):
+                    bar.update(f.write(chunk))
+
+    # A refusal (404, 403) is final; anything else may work a moment later.
+    for failures in range(tries):
+        try:
+            return atomic_write(path, fetch)
+        except requests.RequestException as e:
+            refused = e.response is not None and e.response.status_code < 500
+            if refused or failures == tries - 1:
+                raise
+            time.sleep(2**failures)

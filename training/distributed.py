@@ -1,0 +1,298 @@
+"""The processes of a run: how they start, agree and stop, and how FSDP shards a model over them.
+
+torchrun starts one process per device. With DDP each process has the whole model. With FSDP2
+(https://arxiv.org/abs/2304.11277) each has a shard of every weight, gradient and optimizer state.
+"""
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+import sys
+import time
+
+from device import pick_device, tune_malloc
+from script import (
+    UserError,
+    env_int,
+    explain_error,
+    is_rank_0,
+    num_cpus,
+    print0,
+    run_as_script,
+)
+
+import torch
+import torch.distributed as dist
+
+
+# -- start and end ------------------------------------------------------------------
+def init_distributed(device):
+    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs.
+
+    Returns (rank, world_size, device), the last one as pick_device names it. A process that was not
+    started by torchrun is rank 0 of 1.
+    """
+    # torchrun says in the environment which process this is.
+    rank = env_int("RANK", 0)
+    local_rank = env_int("LOCAL_RANK", 0)
+    world_size = env_int("WORLD_SIZE", 0)
+    if world_size > 1 and device in ("auto", "cuda"):
+        num_gpus = torch.cuda.device_count()
+        if local_rank >= num_gpus and (num_gpus or device == "cuda"):
+            raise UserError(
+                f"more processes than GPUs: use --nproc_per_node={num_gpus}, or --device=cpu"
+            )
+        device = f"cuda:{local_rank}" if num_gpus else "cpu"
+    # One GPU per process, or the CPU for all.
+    device = pick_device(device)
+    if device == "cpu":
+        tune_malloc()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if world_size <= 1:
+        return 0, 1, device
+
+    # The other ranks wait while rank 0 saves a large model or downloads.
+    kwargs = {"timeout": datetime.timedelta(hours=1)}
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # After a restart (torchrun --max-restarts) the store still has the addresses of the
+        # processes that died, and gloo would wait for them (torch 2.13): use other keys each time.
+        # On several machines the restart counts can differ, so this is for one machine only.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        kwargs["store"] = dist.PrefixStore(f"restart_{restarts}", store)
+        kwargs["rank"] = rank
+        kwargs["world_size"] = world_size
+    if device.startswith("cuda"):
+        dist.init_process_group("nccl", device_id=torch.device(device), **kwargs)
+    elif device == "cpu":
+        # torchrun allows one thread per process: share the cores instead.
+        num_processes = env_int("LOCAL_WORLD_SIZE", world_size)
+        torch.set_num_threads(max(1, num_cpus() // num_processes))
+        dist.init_process_group("gloo", **kwargs)
+    else:
+        raise UserError(f"--device={device}: one process only; for several use --device=cpu")
+    return rank, world_size, device
+
+
+def cleanup_distributed():
+    """Leave the process group. With several processes this ends the process, with status 0.
+
+    All ranks leave together, since gloo aborts a process whose peer is gone. torch 2.13 keeps
+    references to the group (torch.distributed.nn.functional and FSDP's mesh do), so gloo's threads
+    live on, and one that asks for the GIL during interpreter shutdown aborts the process: os._exit.
+    """
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def explain_distributed_error(error):
+    """explain_error() for a script that torchrun may start, or that compiles."""
+    message = str(error)
+    first_line = message.partition("\n")[0]
+    if "env:// rendezvous" in first_line:
+        reason = first_line.partition("rendezvous: ")[2]
+        return f"{reason}: torchrun sets all that is needed"
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in message
+    if isinstance(error, dist.DistError) or is_gloo:
+        return f"process {os.environ.get('RANK')} lost the others: {first_line}"
+    if re.search(
+        r"Failed to find C compiler|No working C\+\+ compiler|Python\.h: No such", message
+    ):
+        hint = "install g++ and python3-dev, or --compile=False"
+        return f"torch.compile found no C++ compiler or Python headers: {hint}"
+    if "no kernel image" in first_line:
+        hint = "install one that is (for a V100, one for CUDA 12)"
+        return f"torch {torch.__version__} is not built for this GPU: {hint}"
+    return explain_error(error)
+
+
+@contextlib.contextmanager
+def run_as_distributed_script(explain=explain_distributed_error):
+    """run_as_script() for a script that torchrun may start: its processes end together."""
+    with run_as_script(explain):
+        yield
+    cleanup_distributed()
+
+
+# -- agreement ----------------------------------------------------------------------
+def barrier():
+    """Return when every rank has called it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def local_main_process_first(function):
+    """Call function() on the first process of each machine, then on the others.
+
+    The others find what the first has downloaded. Returns its result.
+    """
+    is_first = env_int("LOCAL_RANK", 0) == 0
+    if not is_first:
+        dist.barrier()
+    try:
+        return function()
+    finally:
+        if is_first:
+            barrier()
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all ranks, on the CPU. All ranks call it."""
+    if dist.is_initialized():
+        tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def all_true(flag):
+    """Whether flag is true on every rank. All ranks call it."""
+    return sum_over_ranks(torch.tensor(0 if flag else 1)).item() == 0
+
+
+def broadcast_int(number):
+    """Rank 0's value of an int. All ranks call it."""
+    return sum_over_ranks(torch.tensor(number if is_rank_0() else 0)).item()
+
+
+def all_finite(tensors):
+    """Whether tensors have no nan and no infinity on any rank. All ranks call it."""
+    # Every rank looks at its own shards.
+    flag = True
+    for t in tensors:
+        local = t.to_local() if is_dtensor(t) else t
+        flag = flag and bool(local.isfinite().all())
+    return all_true(flag)
+
+
+class StopRequests:
+    """Requests to end a run after its current step.
+
+    By signals: Ctrl-C, SIGTERM from a scheduler, SIGUSR1 (a warning before SIGTERM), or SIGHUP from
+    a closed terminal. A second Ctrl-C ends the process at once. To add another reason to stop,
+    append to `conditions` a function that returns whether to stop; it is called on each rank,
+    several times per step.
+    """
+
+    def __init__(self):
+        self.interrupts = []  # times of SIGINT
+        self.signal_received = False
+        self.conditions = [lambda: self.signal_received]
+        # The first signal asks for a stop, which happens after the current step.
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            if not hasattr(signal, name):  # on Windows
+                continue
+            signum = getattr(signal, name)
+            if name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup: the run is meant to go on without its terminal
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum, frame):
+        self.signal_received = True
+        if signum == signal.SIGINT:
+            self.interrupts.append(time.monotonic())
+            # Within a second it may be the same Ctrl-C, which torchrun passes on.
+            if self.interrupts[-1] - self.interrupts[0] > 1:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+        if is_rank_0():
+            # os.write, since print() must not be called again while it is running.
+            with contextlib.suppress(OSError):
+                os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
+
+    def requested_on_this_rank(self):
+        """Whether this process has a reason to stop."""
+        return any(condition() for condition in self.conditions)
+
+    def any_rank_requested(self):
+        """Whether any process has a reason to stop. All ranks call it."""
+        return not all_true(not self.requested_on_this_rank())
+
+
+def wait_for_data(loader, n, stop, timeout_minutes):
+    """Wait until sequence n of a Mixture exists on every rank.
+
+    Returns "", or the reason to stop: "interrupted", or "data_timeout" if fineweb.py has not
+    touched meta.json for timeout_minutes. Looks every 5 seconds. All ranks call it, and none waits
+    alone.
+    """
+    # data_complete is set when no rank waits for data any more: then there is nothing to agree on.
+    is_waiting = False
+    while not loader.data_complete and not all_true(loader.is_available(n)):
+        if not is_waiting:
+            counts = []
+            for source in loader.incomplete():
+                counts.append(f"{len(source.shards.train)} in {source.shards.data_dir}")
+            found = ", ".join(counts)
+            print0(f"waiting for fineweb.py to write the next training shard: there are {found}")
+            is_waiting = True
+        time.sleep(5)
+        if stop.any_rank_requested():
+            return "interrupted"
+        if not all_true(loader.seconds_since_update() < 60 * timeout_minutes):
+            return "data_timeout"
+    if not loader.data_complete:
+        loader.data_complete = all_true(not loader.incomplete())
+    return ""
+
+
+# -- FSDP ---------------------------------------------------------------------------
+def apply_fsdp(model, dtype, compiled):
+    """Shard a GPT over the processes, block by block; its blocks then compute in dtype."""
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Blocks compute in dtype and sum gradients in float32, like autocast without FSDP.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.transformer.h:
+        if compiled:
+            block.compile()
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+    # Scoring and generating call these two methods instead of forward().
+    register_fsdp_forward_method(model, "hidden")
+    register_fsdp_forward_method(model, "logits")
+
+
+def fsdp_modules(model):
+    """The modules of a model that FSDP shards; none without FSDP."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
+def unshard(model):
+    """Give each process the whole model until reshard(), so that some of them can call it alone."""
+    for module in fsdp_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def reshard(model):
+    """Undo unshard(): blocks are resharded after their forward pass again."""
+    for module in fsdp_modules(model):
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def is_dtensor(tensor):
+    """Whether a tensor is sharded, by FSDP."""
+    return hasattr(tensor, "full_tensor")
+
+
+def shard_like(p, tensor):
+    """Shard a full tensor in the way that the parameter p is; unchanged if p is not sharded."""
+    if not is_dtensor(p):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements)

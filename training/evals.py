@@ -1,0 +1,326 @@
+"""What a run measures as it goes: validation loss, evals, samples, tokens read.
+
+train_gpt2.py decides when, and all ranks call these functions. validate, run_eval, write_sample and
+write_exposure print and log their result.
+
+An eval is a script like hellaswag.py with
+    NAME, KIND             its name, and its kind in log.txt
+    MAIN_METRIC            the key of evaluate()'s result that goes to log.txt
+    load_items(limit=)     a list
+    evaluate(model, enc, items, rank=, world_size=)
+                           a dict of plain values, the same on every rank; "items" can hold a dict
+                           for each item
+    summary(result)        one line
+"""
+
+import contextlib
+import dataclasses
+from functools import partial
+import math
+import statistics
+import time
+
+from data.loader import open_mixture, read_windows, val_windows
+from data.tokenizer import encode, token_byte_lengths
+from device import dynamic_shapes
+from model import GPT, load_model
+from script import UserError, is_rank_0, print0
+from training.distributed import (
+    all_true,
+    local_main_process_first,
+    reshard,
+    sum_over_ranks,
+    unshard,
+)
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class EvalContext:
+    """What every evaluation of a run needs."""
+
+    model: GPT
+    enc: tiktoken.Encoding
+    autocast: contextlib.AbstractContextManager
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclasses.dataclass
+class Validation:
+    """What the validation loss is measured on: max_tokens validation tokens of each source."""
+
+    mixture: dict  # {Shards: weight}
+    B: int
+    T: int
+    max_tokens: int
+
+
+# -- validation loss ----------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
+    """Validation loss over the first max_tokens validation tokens, batches split over ranks.
+
+    Returns {"loss", "accuracy", "bpb", "tokens", "perplexity"}: nats per token, next-token
+    accuracy, bits per UTF-8 byte of the text, the number of tokens predicted, and exp(loss). Runs
+    under the caller's autocast.
+    """
+    device = model.lm_head.weight.device
+    byte_lengths = np.array(token_byte_lengths(shards.enc))
+    # Windows are dealt out to the ranks B at a time.
+    windows = val_windows(shards, T, max_tokens)
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, correct, tokens, bytes
+    starts = range(rank * B, len(windows), world_size * B)
+    for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
+        x, y = read_windows(shards, windows[i : i + B], B, T)
+        targets = y[y >= 0]
+        x = torch.from_numpy(x).to(device)
+        y = torch.from_numpy(y).to(device)
+        # The means of a batch, back to sums: batches differ in size.
+        loss, accuracy = model(x, y, with_accuracy=True)
+        nats = len(targets) * loss.item()
+        correct = len(targets) * accuracy.item()
+        sums += torch.tensor([nats, correct, len(targets), byte_lengths[targets].sum()])
+    # Sums over ranks, then means.
+    nats, correct, tokens, num_bytes = sum_over_ranks(sums).tolist()
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "accuracy": correct / tokens,
+        "bpb": nats / math.log(2) / max(num_bytes, 1),
+        "tokens": int(tokens),
+        "perplexity": math.exp(min(loss, 700)),
+    }
+
+
+def evaluate_mixture(model, validation, rank=0, world_size=1):
+    """evaluate() on each source of a Validation.
+
+    With several, returns the weighted means, and "sources": {folder: loss}.
+    """
+    v = validation
+    results = {}
+    for shards in v.mixture:
+        result = evaluate(model, shards, v.B, v.T, v.max_tokens, rank, world_size)
+        results[shards.data_dir] = result
+    # One folder: its result. Several: the mean by weight, and each folder's loss.
+    if len(results) == 1:
+        return result
+    means = {"loss": 0.0, "accuracy": 0.0, "bpb": 0.0, "tokens": 0}
+    for shards, weight in v.mixture.items():
+        result = results[shards.data_dir]
+        for key in ("loss", "accuracy", "bpb"):
+            means[key] += float(weight) * result[key]
+        means["tokens"] += result["tokens"]
+    means["perplexity"] = math.exp(min(means["loss"], 700))
+    means["sources"] = {folder: result["loss"] for folder, result in results.items()}
+    return means
+
+
+def validation_sources(mixture, val_dir, max_tokens):
+    """{Shards: weight} to measure the validation loss on: of val_dir, or else of the mixture.
+
+    Warns about sources without validation tokens, and leaves them out.
+    """
+    # The validation shards must have the tokenizer of the training shards.
+    candidates = open_mixture(val_dir) if val_dir else mixture
+    train = next(iter(mixture))
+    next(iter(candidates)).check_tokenizer(train.data_dir, train.enc)
+    sources = {}
+    for shards, weight in candidates.items():
+        if max_tokens > 1 and any(size > 1 for _, size in shards.val):
+            sources[shards] = weight
+    for shards in candidates:
+        if shards not in sources:
+            rest = "there is no validation loss"
+            if sources:
+                rest = "the validation loss is that of the others"
+            hint = "fineweb.py --val_tokens=, or --val_dir="
+            print0(f"{shards.data_dir} has no validation tokens: {rest} ({hint})")
+    total = sum(sources.values())
+    return {shards: weight / total for shards, weight in sources.items()}
+
+
+def validate(context, validation, run, log):
+    with context.autocast:
+        result = evaluate_mixture(context.model, validation, context.rank, context.world_size)
+    # One line on the terminal, one record in the logs.
+    line = f"step {run.step:5d} | val loss {result['loss']:.4f}"
+    line += f" | accuracy {result['accuracy']:.2%} | {result['bpb']:.4f} bits per byte"
+    for folder, loss in result.get("sources", {}).items():
+        line += f" | {folder} {loss:.4f}"
+    print0(line)
+    log.log_metric(run.step, "val", result["loss"], **result)
+    return result
+
+
+def print_validation(ckpt, log_dir, device, validation, autocast, rank, world_size):
+    """Print the validation loss of a checkpoint."""
+    if not validation.mixture:
+        raise UserError("there is nothing to measure the loss on")
+    model, enc = load_model(ckpt, device, log_dir)
+    next(iter(validation.mixture)).check_tokenizer(ckpt, enc)
+    # The model's own context, if that is shorter.
+    context = min(validation.T, model.config.block_size)
+    validation = dataclasses.replace(validation, T=context)
+    with autocast:
+        result = evaluate_mixture(model, validation, rank, world_size)
+    folders = " and ".join(shards.data_dir for shards in validation.mixture)
+    print0(f"{ckpt} on {folders}, context {context}:")
+    result |= result.pop("sources", {})
+    numbers = [f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()]
+    print0(" | ".join(numbers))
+
+
+# -- evals --------------------------------------------------------------------------
+def load_eval_items(script, limit):
+    """The items of an eval; None, with a warning, if a rank cannot load them: the run continues."""
+    # The first process of a machine downloads the items; all must have them.
+    items = None
+    reason = "another process has no items"
+    try:
+        items = local_main_process_first(lambda: script.load_items(limit=limit))
+    except Exception as e:
+        reason = e
+    if all_true(items):
+        return items
+    print0(f"warning: this run continues without {script.NAME}: {reason}")
+    return None
+
+
+def run_eval(context, script, items, log_items, run, log):
+    """Run an eval (the module of its script); log_items: log each item's numbers too."""
+    ranks = {"rank": context.rank, "world_size": context.world_size}
+    with context.autocast, dynamic_shapes():
+        result = script.evaluate(context.model, context.enc, items, **ranks)
+    print0(f"step {run.step:5d} | {script.summary(result)}")
+    # Results per item are many: they go to a file of their own, if at all.
+    item_results = result.pop("items", [])
+    log.log_metric(run.step, script.KIND, result[script.MAIN_METRIC], **result)
+    if log_items:
+        for item in item_results:
+            log.log_event(run.step, f"{script.KIND}_item", **item)
+    return result
+
+
+def write_sample(context, prompt, max_new_tokens, seed, run, log):
+    """Print and log a sample of the model."""
+    if not is_rank_0():
+        return
+    if run.step == 0 and not run.settings["init_from"]:
+        return  # fresh weights only make noise
+    # The sample starts like one of sample.py, with the same seed each time.
+    enc = context.enc
+    device = context.model.lm_head.weight.device
+    ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
+    idx = torch.tensor([ids], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    new_ids = []
+    with context.autocast, dynamic_shapes():
+        for token in context.model.generate(
+            idx, max_new_tokens, vocab_size=enc.n_vocab, top_k=50, generator=generator
+        ):
+            if token.item() == enc.eot_token:
+                break
+            new_ids.append(token.item())
+    text = prompt + enc.decode(new_ids)
+    log.log_event(run.step, "sample", text=text)
+    print(f"step {run.step:5d} | sample:\n{text}\n")
+
+
+def write_exposure(loader, run, log):
+    """Log which tokens the model has seen since the last time."""
+    if is_rank_0():
+        first = run.exposed_tokens // loader.T
+        for ranges in loader.exposure(first, run.tokens // loader.T):
+            log.log_event(run.step, "exposure", **ranges)
+
+
+# -- what is due when ---------------------------------------------------------------
+def is_due(every, run):
+    """Whether something is due at this step of a Run: every N steps, and at the end."""
+    return every > 0 and (run.step % every == 0 or run.step == run.settings["max_steps"])
+
+
+def periodic_tasks(s, eval_scripts, context, validation, loader):
+    """{kind: (every N steps, function of (run, log))}: what a run does now and then.
+
+    s: its settings. The tasks are run in this order. To add an eval, see the top of this file.
+    """
+    # Validation first, since it is the one that matters most.
+    tasks = {}
+    if validation.mixture:
+        tasks["val"] = (s["eval_every"], partial(validate, context, validation))
+    for script in eval_scripts:
+        every = s[f"{script.__name__}_every"]
+        limit = s.get(f"{script.__name__}_limit", 0)
+        log_items = s.get(f"{script.__name__}_items", False)
+        items = load_eval_items(script, limit) if every else None
+        if items:
+            tasks[script.KIND] = (every, partial(run_eval, context, script, items, log_items))
+    prompt = s["sample_prompt"]
+    sample = partial(write_sample, context, prompt, s["sample_tokens"], s["seed"])
+    tasks["sample"] = (s["sample_every"], sample)
+    tasks["exposure"] = (s["exposure_every"], partial(write_exposure, loader))
+    tasks["plot"] = (s["plot_every"], lambda run, log: log.plot())
+    return tasks
+
+
+def run_due_tasks(tasks, context, run, log, stop, recent_times):
+    """Run the tasks that are due at this step; recent_times[kind] gets the seconds that each takes.
+
+    Returns (validation loss or None, whether a process has been asked to stop). If that skips a
+    task, all of them are repeated when the run is resumed.
+    """
+    # The order of the tasks is kept.
+    due = {kind: task for kind, (every, task) in tasks.items() if is_due(every, run)}
+    if not due:
+        return None, False
+    # With FSDP, rank 0 generates text alone: it needs the whole model.
+    results = {}
+    interrupted = False
+    unshard(context.model)
+    for kind, task in due.items():
+        start = time.monotonic()
+        results[kind] = task(run, log)
+        recent_times[kind].append(time.monotonic() - start)
+        interrupted = stop.any_rank_requested()
+        if interrupted:
+            break
+    reshard(context.model)
+    if len(results) == len(due):
+        run.evaluated_step = run.step
+        if "exposure" in due:
+            run.exposed_tokens = run.tokens
+    val_loss = results["val"]["loss"] if "val" in results else None
+    return val_loss, interrupted
+
+
+def times_until(last_step, step, every):
+    """How often something is due after `step`: at multiples of `every`, and at last_step."""
+    if every <= 0:
+        return 0
+    at_end = 1 if last_step % every else 0
+    return last_step // every - step // every + at_end
+
+
+def estimate_eta(step, last_step, every, seconds):
+    """Seconds from the update of `step` to the end at last_step; None before any update is timed.
+
+    seconds: {"train" or a task: how long it took the last times}; every: {task: steps}.
+    """
+    if not seconds.get("train"):
+        return None
+    # How often each kind of work is still to be done, times its usual duration.
+    total = 0.0
+    for kind, times in seconds.items():
+        if kind == "train":
+            count = last_step - step - 1
+        else:
+            count = times_until(last_step, step, every[kind])
+        total += count * statistics.median_low(times)
+    return min(total, 1e10)  # what datetime.timedelta can hold

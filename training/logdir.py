@@ -1,0 +1,409 @@
+"""The log folder of a run: its records and its checkpoints.
+
+log.txt           lines of "<step> <kind> <value>", kind train, val, hella or ewok
+metrics.jsonl     one object per record, with everything else
+exposure.jsonl    which tokens the model has seen, with --exposure_every
+ewok_items.jsonl  the scores of each EWoK item, with --ewok_items
+model_00250.pt    the model after 250 updates
+resume.pt         what else the run needs to resume from there, see checkpoint.py
+resume_00250.pt   the same for an earlier checkpoint (of --save_every), to go back to
+
+All .pt files are complete or absent, and the model is written first: at any moment resume.pt
+belongs to a model that exists. A resumed run drops the records after resume.pt's step, since it
+makes them again. Weights & Biases and TensorBoard get the numbers of metrics.jsonl, as train/loss,
+val/loss and so on.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+
+from data.tokenizer import tokenizer_state
+from files import atomic_write, lock_folder
+from script import UserError
+from training.checkpoint import (
+    checkpoint_steps,
+    full_state_dicts,
+    hardlink_or_copy,
+    last_good,
+    load_resume,
+    model_path,
+    resume_path,
+    run_settings,
+    save_tensors,
+)
+from training.distributed import all_finite
+
+import torch
+
+RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"
+CHECKPOINTS = r"(model|resume)_(\d+)\.pt"
+RUN_FILES = rf"{RECORDS}|plot\.png|tensorboard|resume\.pt|{CHECKPOINTS}"
+
+
+class LogDir:
+    """The log folder. Only rank 0 writes (`writes`); on other ranks every method is a no-op.
+
+    saved: the dict of resume.pt to resume from, None for a fresh start, which moves the files of an
+    earlier run to old_1/, old_2/, ...; settings: the trainer's. Raises UserError if another process
+    uses the folder, or it cannot be written.
+    """
+
+    def __init__(self, settings, saved=None, writes=True):
+        self.path = settings["log_dir"]
+        self.writes = writes
+        self.dashboards = {}  # {name: (send(step, numbers), close())}
+        self.saved_state = None  # (step, evaluated_step) of resume.pt
+        if saved:
+            self.saved_state = (saved["step"], saved.get("evaluated_step"))
+        self.saved_at = time.monotonic()
+        self.save_seconds = 0.0  # how long the last save took
+        self._files = {}
+        self._plotting = None
+        if not writes:
+            return
+        try:
+            # Nobody else may write here until this process ends.
+            self._lock = lock_folder(self.path)
+            self._check_unchanged(settings, saved)
+            # Leftovers of a run that was killed.
+            for name in os.listdir(self.path):
+                if name.endswith(".tmp") and re.fullmatch(RUN_FILES, name.removesuffix(".tmp")):
+                    os.remove(f"{self.path}/{name}")  # a run was killed while writing it
+            if saved is None:
+                self._archive_old_run()
+            elif settings["resume_step"] >= 0:
+                self._archive_later_checkpoints(saved["step"])
+            if saved:
+                self._rewind(saved["step"], saved.get("evaluated_step"))
+        except OSError as e:
+            raise UserError(f"--log_dir={self.path}: cannot write there ({e.strerror})")
+        # Models may have been deleted by hand: only those that exist count.
+        losses = saved.get("checkpoints", {}) if saved else {}
+        # {step: validation loss, or None if it was not measured} of the model files
+        self.checkpoints = {step: losses.get(step) for step in checkpoint_steps(self.path)}
+
+    def _check_unchanged(self, settings, saved):
+        """Raise UserError if another run has saved here since resume.pt was read."""
+        if not settings["resume"]:
+            return
+        now = load_resume(self.path, settings["resume_step"], mmap=True)
+        if (now and now["step"]) != (saved and saved["step"]):
+            raise UserError(f"{self.path}/: another run has just saved there; repeat the command")
+
+    # -- earlier runs -------------------------------------------------------------------
+    def _run_files(self):
+        return [name for name in os.listdir(self.path) if re.fullmatch(RUN_FILES, name)]
+
+    def _archive_folder(self):
+        """Make old_1/, old_2/, ..., the first of them that does not exist; returns its path."""
+        # The first number that is free.
+        paths = (f"{self.path}/old_{n}" for n in itertools.count(1))
+        path = next(path for path in paths if not os.path.exists(path))
+        os.makedirs(path)
+        return path
+
+    def _archive_old_run(self):
+        """Move the files of an earlier run to old_1/, old_2/, ..."""
+        # Everything that a run has written moves together.
+        names = self._run_files()
+        if not names:
+            return
+        archive = self._archive_folder()
+        # The other files stay too: they are cut back to the step by _rewind().
+        for name in names:
+            os.rename(f"{self.path}/{name}", f"{archive}/{name}")
+        print(f"{self.path}/ held an earlier run: moved to {archive}/")
+
+    def _archive_later_checkpoints(self, step):
+        """Go back to a step: move later checkpoints to old_N/, with copies of the other files."""
+        names = self._run_files()
+        archive = self._archive_folder()
+        try:
+            for name in names:
+                path = f"{self.path}/{name}"
+                if os.path.isdir(path):
+                    shutil.copytree(path, f"{archive}/{name}")
+                elif not re.fullmatch(CHECKPOINTS, name):
+                    shutil.copy2(path, archive)
+        except OSError:  # a full disk: leave everything as it was
+            shutil.rmtree(archive)
+            raise
+        # resume.pt first, so that it never belongs to a model that has been moved.
+        hardlink_or_copy(resume_path(self.path, step), resume_path(self.path))
+        for name in names:
+            match = re.fullmatch(CHECKPOINTS, name)
+            if match and int(match[2]) > step:
+                os.rename(f"{self.path}/{name}", f"{archive}/{name}")
+        print(f"{self.path}/ had continued after step {step}: moved to {archive}/")
+
+    def _rewind(self, step, evaluated_step):
+        """Drop the records that were made after the state in resume.pt."""
+        self._kept_at_step = []  # the records of its step that stay, for the dashboards
+
+        def stays(line):
+            try:
+                record = {}
+                if line.startswith("{"):
+                    record = json.loads(line)
+                    at, kind = record["step"], record["kind"]
+                else:
+                    at, kind, _ = line.split()
+                if kind == "run" or int(at) < step:
+                    return True
+                if int(at) > step or kind == "train" or evaluated_step != step:
+                    return False
+            except (ValueError, KeyError, TypeError):
+                # Not a record: the user's own line stays, a line that a crash cut short does not.
+                return line.endswith("\n")
+            if record:
+                self._kept_at_step.append(record)
+            return True
+
+        for name in os.listdir(self.path):
+            if not re.fullmatch(RECORDS, name):
+                continue
+            path = f"{self.path}/{name}"
+            with open(path, encoding="utf-8", errors="surrogateescape") as f:
+                text = "".join(line for line in f if stays(line))
+            content = text.encode(errors="surrogateescape")
+            atomic_write(path, lambda f, content=content: f.write(content))
+
+    # -- records ------------------------------------------------------------------------
+    def _recreate(self):
+        """Make the folder again if it has disappeared during the run."""
+        if not os.path.isdir(self.path):
+            self._lock = lock_folder(self.path)
+            self._files = {}
+
+    def _append(self, name, line):
+        self._recreate()
+        if name not in self._files:
+            path = f"{self.path}/{name}"
+            self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
+        self._files[name].write(line + "\n")
+
+    def log_metric(self, step, kind, value, **values):
+        """Write a record: value to log.txt, the other values to metrics.jsonl and dashboards."""
+        if self.writes:
+            # Training losses have six digits, as in build-nanogpt.
+            digits = 6 if kind == "train" else 4
+            self._append("log.txt", f"{step} {kind} {value:.{digits}f}")
+        self.log_event(step, kind, **values)
+
+    def log_event(self, step, kind, **values):
+        """Write a record to the .jsonl file of its kind; nan and inf become null."""
+        if not self.writes:
+            return
+        # nan and inf are not JSON: they become null.
+        values = json.loads(json.dumps(values), parse_constant=lambda name: None)
+        line = json.dumps({"step": step, "kind": kind, **values})
+        if kind.endswith("_item"):
+            self._append(f"{kind}s.jsonl", line)
+        elif kind == "exposure":
+            self._append("exposure.jsonl", line)
+        else:
+            self._append("metrics.jsonl", line)
+            self._send(step, kind, values)
+
+    # -- checkpoints --------------------------------------------------------------------
+    def save(self, run, model, optimizers, scaler, enc, val_loss=None):
+        """Save a checkpoint, unless the last one has the same state. All ranks call it.
+
+        Raises UserError if a parameter is not finite: a broken model never replaces a good one.
+        With keep_checkpoints=N, only the newest N models and the best by validation loss are kept.
+        """
+        if (run.step, run.evaluated_step) == self.saved_state:
+            return
+        # A broken model must not replace a good one.
+        start = time.monotonic()
+        if not all_finite(model.parameters()):
+            raise UserError(
+                f"step {run.step}: the weights are no longer finite; nothing saved, "
+                f"{last_good(self.path)}"
+            )
+        # All ranks take part in gathering the state, rank 0 writes it.
+        weights, states = full_state_dicts(model, optimizers)
+        if self.writes:
+            self._recreate()
+            path = model_path(self.path, run.step)
+            model_file = {
+                "model": weights,
+                "config": dataclasses.asdict(model.config),
+                "step": run.step,
+                "val_loss": val_loss,
+                "settings": run.settings,
+                "tokenizer": tokenizer_state(enc),
+            }
+            # First the model, then resume.pt, which refers to it.
+            save_tensors(path, model_file)
+            self.checkpoints[run.step] = val_loss
+            for f in self._files.values():  # so that a power cut cannot take records before it
+                os.fsync(f.fileno())
+            resume_file = {
+                **dataclasses.asdict(run),
+                "optimizers": states,
+                "scaler": scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "checkpoints": self.checkpoints,
+            }
+            save_tensors(resume_path(self.path), resume_file)
+            # A planned checkpoint can be gone back to: resume_<step>.pt is another name of the same
+            # file.
+            every = run.settings["save_every"]
+            if every and run.step % every == 0:
+                hardlink_or_copy(resume_path(self.path), resume_path(self.path, run.step))
+            if run.settings["keep_checkpoints"]:
+                self._delete_checkpoints(run.step, run.settings["keep_checkpoints"])
+            print(f"step {run.step:5d} | saved {path}")
+        self.saved_state = (run.step, run.evaluated_step)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def _delete_checkpoints(self, step, keep):
+        """Delete all checkpoints but the newest `keep` and the best."""
+        losses = {}
+        for s, loss in self.checkpoints.items():
+            if loss is not None and loss == loss:  # measured, and not nan
+                losses[s] = loss
+        # The newest ones, and the best.
+        kept = {step, *sorted(self.checkpoints)[-keep:]}
+        if losses:
+            kept.add(min(sorted(losses), key=losses.get))
+        for s in set(self.checkpoints) - kept:
+            for path in (model_path(self.path, s), resume_path(self.path, s)):
+                if os.path.exists(path):
+                    os.remove(path)
+            del self.checkpoints[s]
+
+    # -- pictures -----------------------------------------------------------------------
+    def plot(self, timeout=0.0):
+        """Have plot.py draw plot.png in a process of its own, which cannot end the run.
+
+        Waits for it at most `timeout` seconds. Does nothing without matplotlib, or while the last
+        picture is still being drawn.
+        """
+        if not self.writes or importlib.util.find_spec("matplotlib") is None:
+            return
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if self._plotting:
+                self._plotting.wait(timeout)
+            # plot.py draws in a process of its own.
+            root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            self._plotting = subprocess.Popen(
+                [sys.executable, f"{root}/plot.py", f"--logs={self.path}"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            if timeout:
+                self._plotting.wait(timeout)
+
+    # -- dashboards ---------------------------------------------------------------------
+    def open_dashboards(self, run):
+        """Start to send records to the dashboards that the settings of a Run ask for."""
+        s = run.settings
+        if s["tensorboard"]:
+            self._add_dashboard("tensorboard", open_tensorboard, self.path, run.step)
+        if s["wandb"]:
+            run.wandb_id = run.wandb_id or uuid.uuid4().hex[:8]
+            self._add_dashboard("wandb", open_wandb, self.path, s, run.wandb_id)
+
+    def _add_dashboard(self, name, open_dashboard, *args):
+        try:
+            self.dashboards[name] = open_dashboard(*args)
+        except Exception as e:
+            self._drop_dashboard(name, e)
+
+    def _drop_dashboard(self, name, error):
+        """Continue without a dashboard that has failed, whatever its error."""
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        print(f"warning: this run continues without {name}: {reason}")
+        self.dashboards.pop(name, None)
+
+    def _send(self, step, kind, values):
+        # Only numbers can be plotted.
+        numbers = {}
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and kind != "run":
+                numbers[f"{kind}/{key}"] = value
+        for name, (send, _) in list(self.dashboards.items()):
+            try:
+                send(step, numbers)
+            except Exception as e:
+                self._drop_dashboard(name, e)
+
+    def close(self):
+        """Close the dashboards."""
+        for name, (_, close) in list(self.dashboards.items()):
+            try:
+                close()
+            except Exception as e:
+                self._drop_dashboard(name, e)
+
+
+def open_tensorboard(folder, step):
+    """(send, close) for event files in folder/tensorboard. Drops what was sent from `step` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(f"{folder}/tensorboard", purge_step=step)
+
+    def send(step, numbers):
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+
+    return send, writer.close
+
+
+def open_wandb(folder, settings, run_id):
+    """(send, close) for a run at Weights & Biases; a resumed run continues the one with its id."""
+    import wandb
+
+    # resume="allow": a new run, or the one with this id.
+    run = wandb.init(
+        id=run_id,
+        resume="allow",
+        project=settings["wandb"],
+        name=settings["wandb_name"] or None,
+        config=run_settings(settings),
+        dir=folder,
+    )
+
+    def send(step, numbers):
+        run.log(numbers, step=step)
+
+    return send, run.finish
+
+
+def open_log(run, saved, loader, model, writes):
+    """The LogDir of a Run, with its first record and its dashboards."""
+    s = run.settings
+    for name in ("wandb", "tensorboard"):  # before anything is moved
+        if s[name] and importlib.util.find_spec(name) is None:
+            raise UserError(f"--{name}={s[name]} needs {name}: pip install {name}")
+    log = LogDir(s, saved, writes)
+    if writes:
+        log.open_dashboards(run)
+    if not saved:
+        dataset = " + ".join(str(source.shards.dataset) for source in loader.loaders)
+        log.log_event(
+            0,
+            "run",
+            tokenizer=loader.enc.name,
+            dataset=dataset,
+            parameters=model.num_params(),
+            settings=run_settings(s),
+        )
+    elif writes:
+        for record in log._kept_at_step:  # the dashboards have dropped them
+            log._send(record.pop("step"), record.pop("kind"), record)
+    return log

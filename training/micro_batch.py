@@ -1,0 +1,84 @@
+"""The micro-batch B: the largest that divides a step evenly and fits into memory.
+
+B changes memory and speed, not the result: gradients add up over micro-batches.
+"""
+
+from device import pick_autocast
+from script import UserError, is_out_of_memory, print0
+from training.distributed import all_true
+
+import torch
+
+
+def largest_micro_batch(max_B, is_exact, T, total_batch_size, world_size):
+    """The largest B <= max_B such that a step is a whole number of micro-batches on each rank.
+
+    Raises UserError if is_exact and that is not max_B.
+    """
+    # A step must be a whole number of rounds in which every rank has one micro-batch.
+    unit = max_B * T * world_size
+    if total_batch_size % unit == 0:
+        return max_B
+    fitting = [b for b in range(1, max_B + 1) if total_batch_size % (b * T * world_size) == 0]
+    if fitting and not is_exact:
+        print0(f"--B={fitting[-1]}, which divides the {total_batch_size} tokens of a step evenly")
+        return fitting[-1]
+    hint = f"--total_batch_size={max(1, round(total_batch_size / unit)) * unit}"
+    if fitting:
+        hint = f"--B={fitting[-1]}"
+    raise UserError(
+        f"--total_batch_size={total_batch_size} is not a multiple of B x T x processes = {max_B} x "
+        f"{T} x {world_size} = {unit}; try {hint}"
+    )
+
+
+def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
+    """Halve B of a trainer's Setup until a micro-batch fits into the memory of every process.
+
+    with_optimizer: reserve memory for the state that the optimizers do not have yet.
+    """
+
+    def micro_step():
+        optimizer_state = []  # held until after the backward pass, as the real one will be
+        if with_optimizer:
+            for opt in setup.optimizers:
+                for group in opt.param_groups:
+                    for p in group["params"]:
+                        for _ in range(opt.state_floats_per_param):
+                            optimizer_state.append(torch.empty_like(p))
+        x = torch.zeros(setup.B, T, dtype=torch.long, device=setup.device)
+        y = x.clone()  # the same tensor twice would compile another graph
+        with pick_autocast(dtype, setup.device, cache=False):
+            setup.train_model(x, y).backward()
+        del optimizer_state
+
+    # No gradient sync in DDP: a rank that runs out of memory would never reach it.
+    setup.train_model.require_backward_grad_sync = False
+    # Eager mode first: there, out of memory shows after a second, not after compiling for a minute.
+    for stance in ("force_eager", "default"):
+        with torch.compiler.set_stance(stance):
+            while setup.B > 1 and not try_step(micro_step, setup.model):
+                print0(f"out of memory with --B={setup.B}: halving it; the result stays the same")
+                setup.B = largest_micro_batch(
+                    setup.B // 2, False, T, total_batch_size, setup.world_size
+                )
+
+
+def try_step(step, model):
+    """Whether step(), which computes gradients of model, fits into memory on every rank.
+
+    All ranks call it. The gradients are dropped.
+    """
+    # All ranks must come to the same result, or they would use different batch sizes.
+    fits = True
+    try:
+        step()
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        fits = False
+    model.zero_grad(set_to_none=True)
+    fits = all_true(fits)
+    if not fits:
+        torch.compiler.reset()  # otherwise the next shape would be compiled as a dynamic one
+    return fits
