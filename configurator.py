@@ -231,23 +231,20 @@ def expand_value(key, value):
     return value.replace("\\n", "\n")
 
 
-def configure(module, presets=None):
+def configure(module, get_settings=None):
     """Set the settings in `module`, a script's globals(), from sys.argv.
 
-    presets, if given, is a function from the settings on the command line to a dict of settings
-    that are applied before them. Returns the settings on the command line, {key: value}. Raises
-    UserError for a mistake; --help prints the settings and exits with status 0.
+    get_settings, if given, is a function from the settings on the command line to all those to set,
+    which can differ from the defaults. Returns the settings on the command line, {key: value}.
+    Raises UserError for a mistake; --help prints the settings and exits with status 0.
     """
     settings = read_settings(os.path.abspath(module["__file__"]))
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(module, settings)
         sys.exit(0)
-    # The order decides: defaults, then presets, then the command line.
     overrides = parse_command_line(sys.argv[1:], settings)
     overrides = {key: expand_value(key, value) for key, value in overrides.items()}
-    if presets is not None:
-        module.update(presets(overrides))
-    module.update(overrides)
+    module.update(get_settings(overrides) if get_settings else overrides)
     for key in settings:
         module[key] = expand_value(key, module[key])
     return overrides

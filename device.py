@@ -59,7 +59,9 @@ def why_no_cuda():
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
         reason = str(e).partition("\n")[0].partition(". ")[0]
-        return f"{reason}; update its driver, or install another torch than {torch.__version__}"
+        return (
+            f"{reason}; update its driver, or install another torch (this is {torch.__version__})"
+        )
     return "torch finds no usable CUDA device; see nvidia-smi"
 
 
@@ -85,14 +87,16 @@ def pick_dtype(dtype, device):
     return DTYPES[dtype]
 
 
-def pick_autocast(dtype, device, cache=True):
+def pick_autocast(dtype, device, cache_weights=True):
     """A context that multiplies matrices in pick_dtype's type and keeps the rest in float32.
 
-    cache: reuse converted weights until the context ends. A training step never uses one twice.
+    cache_weights: reuse converted weights until the context ends. A training step uses each once.
     """
     dtype = pick_dtype(dtype, device)
-    kind = device.split(":")[0]
-    return torch.autocast(kind, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
+    device_type = device.split(":")[0]
+    return torch.autocast(
+        device_type, dtype, enabled=dtype != torch.float32, cache_enabled=cache_weights
+    )
 
 
 def pick_compile(choice, device):
@@ -110,7 +114,7 @@ def pick_compile(choice, device):
 
 
 @contextlib.contextmanager
-def dynamic_shapes():
+def eager_mode():
     """For work whose shapes keep changing: no torch.compile and no cuDNN attention.
 
     Both make a new plan for each new shape, which takes longer than the work itself.
@@ -127,12 +131,13 @@ def dynamic_shapes():
 
 def peak_flops(device, dtype):
     """(name, FLOP/s) of a device; the FLOP/s are None where no data sheet's number applies."""
+    # There are no data sheets for CPUs and Macs in the table.
     if not device.startswith("cuda"):
         return device.split(":")[0], None
     name = torch.cuda.get_device_name(device)
-    # The longest name that fits: "H100 PCIe" rather than "H100". Laptop cards are slower than their
-    # names.
-    known = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    # The longest name that fits: "H100 PCIe" rather than "H100". A 3090 Ti is not a 3090, and a
+    # laptop card is slower than its name.
+    known = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b(?! (Ti|D|SUPER|NVL)\b)", name)]
     if not known or "Laptop" in name or dtype == torch.float32:
         return name, None
     tflops, _ = PEAK_TFLOPS[max(known, key=len)]

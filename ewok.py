@@ -1,6 +1,6 @@
 """EWoK: does a model know which context makes a sentence likely? (https://arxiv.org/abs/2405.09605)
 
-    python ewok.py --ckpt                               # the newest checkpoint in log/
+    python ewok.py --ckpt                               # the latest checkpoint in log/
     EWOK_SRC=my.zip python ewok.py --ckpt=gpt2-xl --items=True
     torchrun --standalone --nproc_per_node=8 ewok.py --ckpt
 
@@ -14,8 +14,8 @@ target_mean  the same with the mean log-probability per token
 
 Items come from the first of these: $EWOK_SRC (a zip or a folder), ewok_fast_jsonl.zip, ewok_fast/,
 and ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted
-its terms. The terms ask not to spread the items as plain text: a zip is read in memory, with the
-password in $EWOK_ZIP_PASSWORD (default: ew2026), and no output contains an item's text.
+its terms. The terms ask users not to publish the items as plain text: a zip is read in memory, with
+the password in $EWOK_ZIP_PASSWORD (default: ew2026), and no output contains an item's text.
 """
 
 import json
@@ -110,7 +110,6 @@ def read_zip(path):
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
             methods = {info.compress_type for info in archive.infolist()}
-        # Python's zipfile cannot decrypt WinZip's AES.
         if 99 in methods:  # WinZip AES
             try:
                 import pyzipper
@@ -170,9 +169,8 @@ def score_items(model, enc, items, batch_tokens=0):
 def compare(sums, counts):
     """{score: (N,) tensor of 0, 0.25, 0.5, 0.75 or 1} from score_items()'s result."""
 
-    # 1 for a win, 0.5 for a tie.
     def wins(a, b):
-        return (a > b).double() + 0.5 * (a == b).double()
+        return (a > b).double() + 0.5 * (a == b).double()  # 1 for a win, 0.5 for a tie
 
     t1c1, t1c2, t2c1, t2c2 = sums.T
     m1c1, m1c2, m2c1, m2c2 = (sums / counts).T
@@ -223,7 +221,7 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     result["seconds"] = time.perf_counter() - start
     result["items"] = []
     for i, item in enumerate(items):
-        # The terms of EWoK forbid to publish the items: only numbers are kept.
+        # The terms of EWoK forbid publishing the items: only numbers are kept.
         record = {"id": i, "domain": item.get("Domain")}
         record["sums"] = sums[i].tolist()
         record["counts"] = counts[i].int().tolist()

@@ -49,8 +49,8 @@ def tokenizer_json(enc):
     text = json.dumps(to_tokenizer_json(enc), ensure_ascii=False)
     if Tokenizer.from_str(text).encode(PROBE).ids != enc.encode(PROBE, allowed_special="all"):
         raise UserError(
-            f"the tokenizer {enc.name} cannot be exported: its pattern means something else to "
-            "Hugging Face's tokenizers; those of train_tokenizer.py do not"
+            f"the tokenizer {enc.name} cannot be exported: Hugging Face's tokenizers read "
+            "its pattern differently; tokenizers from train_tokenizer.py can be exported"
         )
     return text
 
@@ -77,6 +77,7 @@ def write_folder(model, enc, folder, dtype):
         "unk_token": EOT,
         "pad_token": EOT,
     }
+    # safetensors cannot hold views: make the tensors contiguous.
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     files = {
         "config.json": json.dumps(config, indent=2).encode(),
@@ -147,6 +148,7 @@ def main():
         raise UserError(f"--{key}={path}: exists already; choose another, or delete it")
     model, enc = load_model(ckpt, "cpu", log_dir)
     try:
+        # Nothing half-written stays, so that the next export is not refused.
         if format == "hf":
             write_folder(model, enc, path, DTYPES[dtype])
             size = f"{model.num_params() / 1e6:.2f}M parameters in {dtype}"

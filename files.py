@@ -13,7 +13,6 @@ from tqdm import tqdm
 def atomic_write(path, write):
     """write(file) under a temporary name, then rename: the file at path is always complete."""
     try:
-        # The data must be on the disk before the name points to it.
         with open(path + ".tmp", "wb") as f:
             write(f)
             f.flush()
@@ -64,7 +63,8 @@ def download(url, path, timeout=30, tries=3):
         try:
             return atomic_write(path, fetch)
         except requests.RequestException as e:
-            refused = e.response is not None and e.response.status_code < 500
+            status = 500 if e.response is None else e.response.status_code
+            refused = status < 500 and status != 429  # 429: too many requests
             if refused or failures == tries - 1:
                 raise
             time.sleep(2**failures)

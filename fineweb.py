@@ -27,9 +27,10 @@ import threading
 from configurator import check_min, configure
 from data.documents import TINYSHAKESPEARE, Documents
 from data.readers import Continuation, read_text
-from data.shard_writer import ShardWriter, count_documents, token_dtype, write_meta
-from data.shards import has_shards, open_shard, read_meta
-from data.tokenizer import EOT, encode, load_tokenizer, new_encoding, token_byte_lengths
+from data.shard_writer import ShardWriter, token_dtype
+from data.shards import has_shards, read_meta
+from data.token_shards import TOKENIZED, download_token_shards
+from data.tokenizer import EOT, encode, load_tokenizer, new_encoding
 from files import download, lock_folder
 from script import UserError, env_int, explain_error, num_cpus, run_as_script
 
@@ -45,23 +46,15 @@ text_column = "text"  # the column that holds the text; data.text is one inside 
 out_dir = "edu_fineweb10B"  # the folder to write shards to
 tokenizer = "gpt2"  # gpt2, bytes, the path of a tokenizer.json, or a Hugging Face model's folder
 shard_size = 100_000_000  # tokens per shard
-val_tokens = 0  # tokens for validation; 0: one shard, or the last tenth of less than two shards
+val_tokens = 0  # tokens for validation; 0: one shard, or the last tenth of fewer than two shards
 max_tokens = 0  # stop after this many tokens; 0: take all
 streaming = True  # read while downloading; False downloads everything first
-
-# Datasets of the hub that are llm.c's .bin shards of GPT-2 tokens.
-TOKENIZED = {
-    "fineweb-edu-gpt2": "karpathy/fineweb-edu-100B-gpt2-token-shards",
-    "kjj0/finewebedu10B-gpt2": "kjj0/finewebedu10B-gpt2",
-    "kjj0/fineweb10B-gpt2": "kjj0/fineweb10B-gpt2",
-}
-TOKENIZED |= {name: name for name in list(TOKENIZED.values())}
 
 
 # -- tokenizing -------------------------------------------------------------------
 def encode_documents(texts, enc, dtype):
     """The token ids of documents, each preceded by <|endoftext|>, as one array of dtype."""
-    # In one call, which is 5% faster than one per text: it waits for the GIL once.
+    # Encode all texts in one call: 5% faster, since it takes the GIL once.
     num_documents = 0
     parts = []
     for text in texts:
@@ -73,7 +66,7 @@ def encode_documents(texts, enc, dtype):
         ids = enc.encode_to_numpy(
             "".join(parts), allowed_special=enc.special_tokens_set, disallowed_special=()
         )
-        # Otherwise a text contains <|endoftext|>, which is no token there.
+        # Otherwise a text contains a literal <|endoftext|>, which must not become a token.
         if np.count_nonzero(ids == enc.eot_token) == num_documents:
             return ids.astype(dtype)
     # The slow way, text by text.
@@ -92,6 +85,7 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     Threads use all cores: tiktoken releases the GIL and returns arrays, so nothing is pickled. At
     most four batches per core are in flight, so memory does not grow with the corpus.
     """
+    # Rust's regex engine has a cache for each thread, and the first one is the fastest.
     local = threading.local()
 
     def encode_batch(batch):
@@ -105,6 +99,7 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
 
     # Results are taken in the order in which the batches were submitted.
     with ThreadPoolExecutor(num_cpus()) as pool:
+        # Results are taken in the order in which the batches were submitted.
         in_flight = collections.deque()  # (future, state)
 
         def submit(batch):
@@ -171,127 +166,12 @@ def write_shards(
         return writer.close()
 
 
-# -- tokens made by others ----------------------------------------------------------
-def list_token_shards(repository, max_tokens):
-    """{file: bytes} of .bin files on the hub, validation first; enough for max_tokens."""
-    from huggingface_hub import HfApi
-
-    try:
-        tree = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True)
-        sizes = {entry.path: getattr(entry, "size", 0) for entry in tree}
-    except Exception as e:  # huggingface_hub and the network raise many types
-        raise UserError(
-            f"cannot reach {repository} on the hub ({type(e).__name__}): go online, or try again "
-            "later"
-        )
-    # Validation shards first: training needs both kinds to start.
-    names = [name for name in sizes if name.endswith(".bin")]
-    names.sort(key=lambda name: ("val" not in name, name))
-    chosen = {}
-    tokens = 0
-    for name in names:
-        if not max_tokens or tokens < max_tokens:
-            chosen[name] = sizes[name]
-            tokens += (sizes[name] - 1024) // 2
-    if not chosen:
-        raise UserError(f"{repository}: there are no .bin files on the hub")
-    return chosen
-
-
-def fetch_files(repository, sizes, out_dir):
-    """Download files of a dataset on the hub, {name: bytes}, several at once; yield (name, path).
-
-    They are yielded in order. Each is complete or absent, and a partial download is continued.
-    """
-    from huggingface_hub import hf_hub_download
-
-    stopped = threading.Event()
-    bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=out_dir)
-
-    class Progress(tqdm):
-        """The progress of one file, added to the bar of all; ends the download when stopped."""
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n=1):
-            if stopped.is_set():
-                raise InterruptedError("stopped")
-            bar.update(n)
-
-    def fetch(name):
-        kwargs = {"repo_type": "dataset", "local_dir": out_dir, "tqdm_class": Progress}
-        path = hf_hub_download(repository, name, **kwargs)
-        if os.path.getsize(path) != sizes[name]:
-            path = hf_hub_download(repository, name, **kwargs, force_download=True)
-        return path
-
-    with ThreadPoolExecutor(4) as pool, bar:
-        futures = {name: pool.submit(fetch, name) for name in sizes}
-        try:
-            for name, future in futures.items():
-                yield name, future.result()
-        finally:
-            # Whatever happens, do not wait for files that nobody needs any more.
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def download_token_shards(dataset, enc, out_dir, max_tokens=0):
-    """Download .bin shards of GPT-2 tokens from the hub; returns meta.json's dict.
-
-    meta.json lists the shards as they arrive, in order, so that training can start after the
-    second. The same command continues an interrupted download.
-    """
-    repository = TOKENIZED[dataset]
-    # As fineweb.py writes it for text, so that nothing else needs to know the difference.
-    meta = {
-        "dataset": "fineweb-edu" if "edu" in repository else dataset,
-        "subset": repository,
-        "seed": None,
-        "max_tokens": max_tokens,
-        "tokenizer": "gpt2",
-        "vocab_size": enc.n_vocab,
-        "dtype": "uint16",
-        "complete": False,
-        "shards": [],
-    }
-    # What an interrupted download has completed stays.
-    old = read_meta(out_dir)
-    if old and old.get("subset") == repository:
-        meta["shards"] = old["shards"]
-    elif old or has_shards(out_dir):
-        raise UserError(f"{out_dir} holds other shards: choose another --out_dir, or delete it")
-    sizes = list_token_shards(repository, max_tokens)
-    write_meta(out_dir, meta)  # first: a folder without meta.json is taken for a complete one
-    for shard in meta["shards"]:
-        sizes.pop(shard["file"], None)
-    byte_lengths = np.array(token_byte_lengths(enc), dtype=np.uint16)
-    try:
-        with contextlib.closing(fetch_files(repository, sizes, out_dir)) as files:
-            for name, path in files:
-                tokens = open_shard(path)
-                documents, num_bytes = count_documents(tokens, enc, byte_lengths)
-                split = "val" if "val" in name else "train"
-                shard = {"file": name, "split": split, "tokens": len(tokens)}
-                meta["shards"].append({**shard, "documents": documents, "bytes": num_bytes})
-                write_meta(out_dir, meta)
-    except UserError:
-        raise
-    except Exception as e:  # huggingface_hub and the network raise many types
-        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        raise UserError(f"cannot download {repository}: {reason}; the same command continues")
-    meta["complete"] = True
-    write_meta(out_dir, meta)
-    shutil.rmtree(f"{out_dir}/.cache", ignore_errors=True)
-    return meta
-
-
 # -- the demo -----------------------------------------------------------------------
 def make_demo_shards(out_dir, keep=False):
     """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
 
-    keep: do nothing if there are complete shards. Only the first process of a machine makes any.
+    keep: do nothing if there are complete shards. Only the first process of a machine makes any;
+    the others find them.
     """
     if env_int("LOCAL_RANK", 0) > 0:
         return
@@ -326,7 +206,7 @@ def make_demo_shards(out_dir, keep=False):
     note = ""
     if source == "input.txt" and os.path.getsize(source) > max_tokens:
         note = f", its first {max_tokens:,} bytes"
-    print(f"on {source}{note}")
+    print(f"training data: {source}{note}")
 
 
 # -- main ---------------------------------------------------------------------------
@@ -339,6 +219,7 @@ def write_dataset(enc):
                 f"--dataset={dataset}: holds GPT-2's tokens; leave out --tokenizer={tokenizer}"
             )
         return download_token_shards(dataset, enc, out_dir, max_tokens), ""
+    # FineWeb's default subset is the whole of it, 1.3T tokens: start with a sample.
     default_subset = "sample-10BT" if dataset.startswith("fineweb") else None
     name = subset or default_subset
     texts = Documents(dataset, name, text_column, streaming, split)
@@ -379,6 +260,7 @@ def main():
     check_dataset()
     # Lock the folder, so that no other process writes to it.
     enc = load_tokenizer(tokenizer)
+    # Lock the folder, so that no other process writes to it.
     is_new = not os.path.exists(out_dir)
     lock = lock_folder(out_dir)
     try:

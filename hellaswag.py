@@ -1,6 +1,6 @@
 """HellaSwag: which of four endings continues a text? (https://arxiv.org/abs/1905.07830)
 
-    python hellaswag.py --ckpt                          # the newest checkpoint in log/
+    python hellaswag.py --ckpt                          # the latest checkpoint in log/
     python hellaswag.py --ckpt=gpt2-xl --style=both --limit=1000
     torchrun --standalone --nproc_per_node=8 hellaswag.py --ckpt
 
@@ -61,6 +61,7 @@ def load_items(path="", split="val", limit=0):
 
     Raises UserError if the file cannot be loaded or one of its lines is not an item.
     """
+    # The file is kept next to the project's other data.
     if not path:
         path = download_split(split)
     items = []
@@ -159,8 +160,8 @@ def predict(model, enc, items, style="completion", batch_tokens=0):
         pairs, lengths = STYLES[style](item, enc)
         all_pairs.extend(pairs)
         all_lengths.append(lengths)
-    # All endings of all items at once, since batches of similar lengths are fastest.
     sums, _ = score_completions(model, all_pairs, batch_tokens)
+    # A long ending has a lower probability: acc_norm divides by its length.
     sums = sums.view(-1, 4)
     normalized = sums / torch.tensor(all_lengths)
     return sums.argmax(1).tolist(), normalized.argmax(1).tolist()
@@ -203,6 +204,7 @@ def main():
     autocast = pick_autocast(dtype, device_name)
     items = local_main_process_first(lambda: load_items(data, split, limit))
     model, enc = load_model(ckpt, device_name, log_dir)
+    # Both styles, or one.
     results = {}
     for name in STYLES if style == "both" else (style,):
         with autocast:

@@ -13,113 +13,54 @@ import os
 
 from data.tokenizer import load_tokenizer
 from script import UserError
-from training.checkpoint import load_checkpoint
+from weights import load_checkpoint
 
 import torch
 from torch.nn import functional as F
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "nanochat": "NanoChatForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
-# The fields in which an architecture differs from GPTConfig's defaults, and those it leaves open.
-NANOCHAT = {"pos": "rope", "norm": "rmsnorm_noaffine", "qk_norm": True, "bias": False}
-FIELDS = {
+# For each architecture, the fields of GPTConfig that differ from the defaults...
+REQUIRED = {
     "gpt2": {},
-    "nanochat": {**NANOCHAT, "embd_norm": True},
+    "nanochat": {
+        "pos": "rope",
+        "norm": "rmsnorm_noaffine",
+        "qk_norm": True,
+        "bias": False,
+        "embd_norm": True,
+    },
     "llama": {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
 }
-OPEN_FIELDS = {"gpt2": (), "nanochat": ("mlp", "softcap", "tie_embeddings"), "llama": ()}
+# ... and those that may have any value: sizes, what only matters before training, and some more.
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
-
-# {key in config.json: field of GPTConfig}, for both directions.
-GPT2_KEYS = {
-    "n_positions": "block_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-ROPE_KEYS = {
-    "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "n_embd",
-}
+FREE = {"gpt2": (), "nanochat": ("mlp", "softcap", "tie_embeddings"), "llama": ()}
 
 
-# -- configurations -----------------------------------------------------------------
-def fixed_values(kind, n_embd, n_head):
-    """{key in config.json: values with the same mathematics as ours}; export writes the first."""
-    if kind == "gpt2":
-        return {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
-            "layer_norm_epsilon": (1e-5,),
-            "scale_attn_weights": (True,),
-            "add_cross_attention": (False,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "n_inner": (None, 4 * n_embd),
-        }
-    is_nanochat = kind == "nanochat"
-    width = 4 * n_embd if is_nanochat else round(8 * n_embd / 3 / 8) * 8
-    values = {
-        "num_key_value_heads": (n_head,),
-        "head_dim": (n_embd // n_head, None),
-        "intermediate_size": (width,),
-        "rms_norm_eps": (1e-6 if is_nanochat else 1e-5,),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "rope_theta": (1e4,),
-    }
-    if not is_nanochat:
-        values["tie_word_embeddings"] = (True,)
-    return values
-
-
-def config_from_hf(kind, hf, source):
-    """A GPTConfig, as a dict, from the dict of config.json; UserError if it differs from ours."""
-    keys = GPT2_KEYS if kind == "gpt2" else ROPE_KEYS
-    config = {**FIELDS[kind], "vocab_size": hf["vocab_size"]}
-    # Sizes have other names there.
-    for key, field in keys.items():
-        config[field] = hf[key]
-    supported = fixed_values(kind, config["n_embd"], config["n_head"])
-    if kind != "gpt2":
-        # Where transformers keeps the rotary embedding's settings depends on its version.
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        hf = {"rope_type": "default", **hf, **rope}
-        supported["rope_type"] = ("default",)
-        mlps = ("gelu", "relu2") if kind == "nanochat" else ("swiglu",)
-        supported["hidden_act"] = tuple(ACTIVATIONS[mlp] for mlp in mlps)
-    check_config_values(hf, source, supported)
-    if kind == "nanochat":
-        config["mlp"] = "relu2" if hf["hidden_act"] == "relu2" else "gelu"
-        config["softcap"] = hf.get("final_logit_softcapping", 15) or 0.0
-        config["tie_embeddings"] = hf.get("tie_word_embeddings", False)
-    return config
-
-
-def config_to_hf(kind, c):
-    """The inverse: what config.json says of a GPTConfig."""
-    keys = GPT2_KEYS if kind == "gpt2" else ROPE_KEYS
-    config = {"architectures": [CLASSES[kind]], "model_type": kind}
-    for key, field in keys.items():
-        config[key] = getattr(c, field)
-    for key, values in fixed_values(kind, c.n_embd, c.n_head).items():
-        config[key] = values[0]
-    if kind == "gpt2":
-        for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-            config[key] = 0.0
-    else:
-        config["hidden_act"] = ACTIVATIONS[c.mlp]
-        config["rope_scaling"] = None
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    if kind == "nanochat":
-        config["final_logit_softcapping"] = c.softcap or None
-    config["tie_word_embeddings"] = c.tie_embeddings
-    return config
+def find_architecture(c):
+    """The architecture of transformers that a GPTConfig has; raises UserError if there is none."""
+    defaults = dataclasses.asdict(type(c)())
+    config = dataclasses.asdict(c)
+    differences = {}
+    for architecture, required in REQUIRED.items():
+        # All fields count, also those that GPTConfig will get later, so that a new option is never
+        # exported as something that it is not.
+        ignored = (*SIZES, "zero_init", *FREE[architecture])
+        different = []
+        for key, value in {**defaults, **required}.items():
+            if key not in ignored and config[key] != value:
+                different.append(f"{key}={config[key]}")
+        # mlp is free in NanoChat, but not that free.
+        if architecture == "nanochat" and c.mlp == "swiglu":
+            different.append("mlp=swiglu")
+        if not different:
+            return architecture
+        differences[architecture] = different
+    # Name what is in the way of the architecture that comes closest.
+    closest = min(differences, key=lambda architecture: len(differences[architecture]))
+    raise UserError(
+        f"no architecture of transformers has these settings ({closest} differs in "
+        f"{', '.join(differences[closest])}); --format=pt and onnx take any"
+    )
 
 
 def check_config_values(hf, source, supported):
@@ -132,27 +73,102 @@ def check_config_values(hf, source, supported):
             )
 
 
-def find_architecture(c):
-    """The architecture that a GPTConfig has; raises UserError if transformers has none for it."""
-    for kind, fields in FIELDS.items():
-        # All fields count, also those that are added to GPTConfig later, so that a new option is
-        # never exported as something that it is not.
-        expected = {**dataclasses.asdict(type(c)()), **fields}
-        given = dataclasses.asdict(c)
-        if kind == "nanochat" and c.mlp == "swiglu":
-            continue
-        # zero_init only matters before training
-        ignored = (*SIZES, "zero_init", *OPEN_FIELDS[kind])
-        if all(given[key] == expected[key] for key in expected if key not in ignored):
-            return kind
-    # Say which fields are in the way.
-    parts = []
-    for key, default in dataclasses.asdict(type(c)()).items():
-        if key not in SIZES and given[key] != default:
-            parts.append(f"{key}={given[key]}")
-    raise UserError(
-        f"no architecture of transformers has {', '.join(parts)}; --format=pt and onnx take any"
-    )
+# -- configurations: GPT-2 ----------------------------------------------------------
+def gpt2_config_from_hf(hf, source):
+    """A GPTConfig, as a dict, from config.json; raises UserError unless it is GPT-2 as released."""
+    # export.py writes the first value of each; the others mean the same mathematics.
+    supported = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "add_cross_attention": (False,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "n_inner": (None, 4 * hf["n_embd"]),
+    }
+    check_config_values(hf, source, supported)
+    config = {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return {**config, "block_size": hf["n_positions"]}
+
+
+def gpt2_config_to_hf(c):
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_positions": c.block_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+# -- configurations: NanoChat and Llama ---------------------------------------------
+def rope_config_from_hf(hf, source):
+    """A GPTConfig, as a dict, from config.json of a NanoChat or Llama that a GPTConfig can be."""
+    architecture = hf["model_type"]
+    config = {
+        **REQUIRED[architecture],
+        "block_size": hf["max_position_embeddings"],
+        "vocab_size": hf["vocab_size"],
+        "n_layer": hf["num_hidden_layers"],
+        "n_head": hf["num_attention_heads"],
+        "n_embd": hf["hidden_size"],
+    }
+    n_embd = config["n_embd"]
+    supported = {
+        "num_key_value_heads": (config["n_head"],),
+        "head_dim": (n_embd // config["n_head"], None),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "rope_theta": (1e4,),
+        "rope_type": ("default",),
+    }
+    if architecture == "nanochat":
+        supported["intermediate_size"] = (4 * n_embd,)
+        supported["rms_norm_eps"] = (1e-6,)
+        supported["hidden_act"] = ("relu2", "gelu_pytorch_tanh")
+        config["mlp"] = "gelu" if hf["hidden_act"] == "gelu_pytorch_tanh" else "relu2"
+        config["softcap"] = hf.get("final_logit_softcapping", 15) or 0.0
+        config["tie_embeddings"] = hf.get("tie_word_embeddings", False)
+    else:
+        supported["intermediate_size"] = (round(8 * n_embd / 3 / 8) * 8,)
+        supported["rms_norm_eps"] = (1e-5,)
+        supported["hidden_act"] = ("silu",)
+        supported["tie_word_embeddings"] = (True,)
+    # Where transformers keeps the settings of the rotary embedding depends on its version.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    check_config_values({**hf, **rope}, source, supported)
+    return config
+
+
+def rope_config_to_hf(c, architecture, intermediate_size):
+    is_nanochat = architecture == "nanochat"
+    config = {
+        "architectures": ["NanoChatForCausalLM" if is_nanochat else "LlamaForCausalLM"],
+        "model_type": architecture,
+        "max_position_embeddings": c.block_size,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_head,
+        "hidden_size": c.n_embd,
+        "head_dim": c.n_embd // c.n_head,
+        "intermediate_size": intermediate_size,
+        "hidden_act": {"swiglu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}[c.mlp],
+        "rms_norm_eps": 1e-6 if is_nanochat else 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    if is_nanochat:
+        config["final_logit_softcapping"] = c.softcap or None
+    return config
 
 
 # -- weights ------------------------------------------------------------------------
@@ -166,13 +182,13 @@ def transpose_conv1d(tensors):
     return transposed
 
 
-def rope_names(kind, n_layer, tie_embeddings):
+def rope_names(architecture, n_layer, tie_embeddings):
     """{our parameter: NanoChat's or Llama's parameters, concatenated along dim 0}."""
     # Embedding, output layer, last norm, then the blocks.
     names = {"transformer.wte": ["model.embed_tokens"]}
     if not tie_embeddings:
         names["lm_head"] = ["lm_head"]
-    if kind == "llama":
+    if architecture == "llama":
         names["transformer.ln_f"] = ["model.norm"]
     for i in range(n_layer):
         ours = f"transformer.h.{i}"
@@ -181,7 +197,7 @@ def rope_names(kind, n_layer, tie_embeddings):
         qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
         names[f"{ours}.attn.c_attn"] = qkv
         names[f"{ours}.attn.c_proj"] = [f"{theirs}.self_attn.o_proj"]
-        if kind == "nanochat":
+        if architecture == "nanochat":
             names[f"{ours}.mlp.c_fc"] = [f"{theirs}.mlp.fc1"]
             names[f"{ours}.mlp.c_proj"] = [f"{theirs}.mlp.fc2"]
         else:
@@ -192,37 +208,37 @@ def rope_names(kind, n_layer, tie_embeddings):
     return names
 
 
-def convert_rope_layout(kind, name, weight, n_head):
+def convert_rope_layout(architecture, name, weight, n_head):
     """NanoChat rotates in the other direction: negate the second half of each query and key head.
 
     The angles between queries and keys stay the same. This is its own inverse.
     """
-    if kind != "nanochat" or not name.endswith(("q_proj", "k_proj")):
+    if architecture != "nanochat" or not name.endswith(("q_proj", "k_proj")):
         return weight
     first, second = weight.unflatten(0, (n_head, 2, -1)).unbind(1)
     return torch.stack((first, -second), 1).view_as(weight)
 
 
-def rope_from_hf_tensors(kind, tensors, config):
+def rope_from_hf_tensors(architecture, tensors, config):
     """Our state dict from NanoChat's or Llama's; tensors without a counterpart stay in it."""
     state = dict(tensors)
     for ours, theirs in rope_names(
-        kind, config["n_layer"], config.get("tie_embeddings", True)
+        architecture, config["n_layer"], config.get("tie_embeddings", True)
     ).items():
         parts = []
         for name in theirs:
             weight = state.pop(f"{name}.weight")
-            parts.append(convert_rope_layout(kind, name, weight, config["n_head"]))
+            parts.append(convert_rope_layout(architecture, name, weight, config["n_head"]))
         state[f"{ours}.weight"] = torch.cat(parts)
     return state
 
 
-def rope_to_hf_tensors(kind, state, c):
+def rope_to_hf_tensors(architecture, state, c):
     tensors = {}
-    for ours, theirs in rope_names(kind, c.n_layer, c.tie_embeddings).items():
+    for ours, theirs in rope_names(architecture, c.n_layer, c.tie_embeddings).items():
         parts = state[f"{ours}.weight"].chunk(len(theirs))
         for name, part in zip(theirs, parts, strict=True):
-            tensors[f"{name}.weight"] = convert_rope_layout(kind, name, part, c.n_head)
+            tensors[f"{name}.weight"] = convert_rope_layout(architecture, name, part, c.n_head)
     return tensors
 
 
@@ -230,16 +246,21 @@ def rope_to_hf_tensors(kind, state, c):
 def to_hugging_face(model, vocab_size):
     """(config.json's dict, {name: tensor}) of a GPT, its tables cut to vocab_size rows."""
     c = model.config
-    kind = find_architecture(c)
-    config = {**config_to_hf(kind, c), "vocab_size": vocab_size}
-    state = model.state_dict()
-    tensors = transpose_conv1d(state) if kind == "gpt2" else rope_to_hf_tensors(kind, state, c)
+    architecture = find_architecture(c)
+    if architecture == "gpt2":
+        config = gpt2_config_to_hf(c)
+        tensors = transpose_conv1d(model.state_dict())
+    else:
+        width = model.transformer.h[0].mlp.c_proj.in_features
+        config = rope_config_to_hf(c, architecture, width)
+        tensors = rope_to_hf_tensors(architecture, model.state_dict(), c)
     if c.tie_embeddings:
         tensors.pop("lm_head.weight", None)
-    # The rows that pad the vocabulary are only ours.
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = tensors[name][:vocab_size]
+    config["vocab_size"] = vocab_size
+    config["tie_word_embeddings"] = c.tie_embeddings
     return config, tensors
 
 
@@ -259,13 +280,14 @@ def read_hugging_face(source):
         raise UserError(
             f"{source}: not a Hugging Face model folder, its config.json cannot be read ({e})"
         )
-    kind = hf.get("model_type", "gpt2")
-    if kind not in CLASSES:
+    architecture = hf.get("model_type", "gpt2")
+    if architecture not in REQUIRED:
         raise UserError(
-            f"{source}: its config.json says model_type={kind}; known are {', '.join(CLASSES)}"
+            f"{source}: model_type={architecture} in config.json; known are {', '.join(REQUIRED)}"
         )
     try:
-        config = config_from_hf(kind, hf, source)
+        from_hf = gpt2_config_from_hf if architecture == "gpt2" else rope_config_from_hf
+        config = from_hf(hf, source)
     except (KeyError, TypeError) as e:
         raise UserError(f"{source}: its config.json has no {e}")
 
@@ -280,15 +302,15 @@ def read_hugging_face(source):
         if not torch.equal(lm_head, wte):
             raise UserError(f"{source}: its lm_head differs from its embedding; GPT-2 ties the two")
     # Rename, transpose and concatenate to our state dict.
-    if kind == "gpt2":
+    if architecture == "gpt2":
         if not names[0].startswith("transformer."):  # a GPT2Model, which has no language-model head
             tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
         tensors = transpose_conv1d(tensors)
     else:
         try:
-            tensors = rope_from_hf_tensors(kind, tensors, config)
+            tensors = rope_from_hf_tensors(architecture, tensors, config)
         except KeyError as e:
-            raise UserError(f"{source}: holds no {e}")
+            raise UserError(f"{source}: the tensor {e} is missing")
 
     state = {}
     for name, tensor in tensors.items():
@@ -309,14 +331,12 @@ def download_model(name):
     # OpenAI's models have moved to an organization of their own.
     repository = f"openai-community/{name}" if name in OPENAI_MODELS else name
     files = ["config.json", "*.safetensors*", "tokenizer*.json", "vocab.json", "added_tokens.json"]
-    for local_files_only in (
-        True,
-        False,
-    ):  # OpenAI's weights never change: the cache needs no network
+    # First the cache, which needs no network: OpenAI's weights never change. Then the hub.
+    for from_cache in (True, False):
         reason = "it has no safetensors"
         try:
             folder = snapshot_download(
-                repository, allow_patterns=files, local_files_only=local_files_only
+                repository, allow_patterns=files, local_files_only=from_cache
             )
             if any(file.endswith(".safetensors") for file in os.listdir(folder)):
                 return folder

@@ -1,7 +1,6 @@
-"""Operations written by hand because torch is slow or needs much memory there, one function each.
+"""Hand-written replacements for torch operations that are slow or memory-hungry.
 
-The same mathematics in plain torch is given in each docstring; the tests compare the two. model.py
-reads like the papers because this is not in it.
+Each docstring gives the same mathematics in plain torch; the tests compare the two.
 """
 
 from functools import partial
@@ -45,7 +44,7 @@ class RMSNormalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        # y is the direction along which scaling x changes nothing: its part of grad is taken out.
+        # Scaling x does not change y, so the component of grad along y is removed.
         along_y = (grad * y).mean(dim=-1, keepdim=True)
         return grad.addcmul(y, along_y, value=-1).mul_(scale), None
 
@@ -66,8 +65,8 @@ def layer_norm(x, weight, bias, eps):
 def attention(q, k, v, mask, is_causal):
     """F.scaled_dot_product_attention of q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
 
-    mask: bool, (T, S) or (B, 1, T, S), True where a query may attend. Without one, is_causal hides
-    what is above the diagonal.
+    mask: bool, (T, S) or (B, 1, T, S), True where a query may attend. Without one, attention is
+    causal if is_causal, or else full.
     """
     T, S = q.size(2), k.size(2)
     # torch's CPU kernel is slow for short rows in bfloat16. Written out, attention takes a third of
@@ -97,18 +96,19 @@ OPS_TO_SAVE = [
 ]
 
 
-def checkpoint_block(block, x, *args, everything=False):
+def checkpoint_block(block, x, *args, full=False):
     """block(x, *args), saving less for its backward pass, which computes the rest again.
 
-    By default, matrix products and attention are saved (selective activation checkpointing): a step
-    of 124M takes 14 to 19% less memory in 0.99 to 1.09 of the time (2 cores, 4,096 tokens).
-    torch.compile does this itself, and for small tensors it is not worth the time: both get a plain
-    call. With everything=True only x is saved: the least memory, but all is computed twice.
+    By default, the outputs of matrix products and attention are saved (selective activation
+    checkpointing): a step of 124M takes 14 to 19% less memory in 0.99 to 1.09 of the time (2 cores,
+    4,096 tokens). torch.compile does this itself, and for small tensors it is not worth the time:
+    both get a plain call. With full=True only x is saved: the least memory, but all is computed
+    twice.
     """
     if not torch.is_grad_enabled():
         return block(x, *args)
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
-    if everything:
+    if full:
         return checkpoint(block, x, *args, **kwargs)
     # Either the whole model is compiled, or each block (with FSDP).
     is_compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None
@@ -141,7 +141,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         highest logit; it is only counted without gradients. Rows of weight from vocab_size on pad
         the vocabulary.
         """
-        # Gradients are computed here, in the forward pass, while the logits exist.
         w = weight.to(x.dtype)
         valid = (targets >= 0)[:, None]
         loss = torch.zeros((), device=x.device)
@@ -172,7 +171,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:
                 predicted = logp.max(dim=-1, keepdim=True).indices
                 num_correct += ((predicted == target) & valid[rows]).sum()
-        # Means over the targets that count.
         count = valid.sum()
         ctx.save_for_backward(dx, dw, count)
         ctx.dtype = weight.dtype
@@ -208,7 +206,8 @@ def softmax_minus_onehot(logp, target):
 def matmul_in_slices(a, b):
     """a (N, V) @ b (V, C). On Apple's GPUs in slices of V.
 
-    M1 and M2 go wrong beyond 32,767 addends, https://github.com/pytorch/pytorch/issues/193487
+    M1 and M2 give wrong sums of more than 32,767 terms,
+    https://github.com/pytorch/pytorch/issues/193487
     """
     width = 32_000 if a.device.type == "mps" else len(b)
     products = [i @ j for i, j in zip(a.split(width, 1), b.split(width), strict=True)]
@@ -216,7 +215,7 @@ def matmul_in_slices(a, b):
 
 
 def weight_gradient(dlogits, x):
-    """dlogits (N, V)^T @ x (N, C). In float16 scaled: a sum over rows can leave its range."""
+    """dlogits (N, V)^T @ x (N, C). Scaled down in float16, where the sum over rows can overflow."""
     if x.dtype == torch.float16:
         return (dlogits.t() @ (x / 256)).float() * 256
     return dlogits.t() @ x

@@ -27,7 +27,7 @@ from kernels import (
     softcap_logits,
 )
 from script import UserError, is_rank_0
-from training.checkpoint import find_checkpoint, read_checkpoint
+from weights import find_checkpoint, read_checkpoint
 
 import torch
 import torch.nn as nn
@@ -60,7 +60,7 @@ CHOICES = {
 
 
 def check_config(config):
-    """Raise UserError if there is no model with this GPTConfig."""
+    """Raise UserError if a GPTConfig is invalid."""
     for key, choices in CHOICES.items():
         value = getattr(config, key)
         if value not in choices:
@@ -103,8 +103,7 @@ def rope_cos_sin(positions, head_size):
     https://arxiv.org/abs/2104.09864, with base 10,000. As in Llama, a head's first half is paired
     with its second half.
     """
-    # The i-th pair turns by position * 10,000^(-2i / head_size): fast for the first, slow for the
-    # last.
+    # The i-th pair rotates by position * 10,000^(-2i / head_size): the first pairs fastest.
     exponent = torch.arange(0, head_size, 2, device=positions.device) / head_size
     angle = positions[..., None].float() * 10_000**-exponent
     return angle.cos(), angle.sin()
@@ -121,11 +120,12 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # One matrix makes queries, keys and values of all heads, another mixes the heads' results.
+        # Query, key and value projections of all heads in one matrix; then the output projection.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v, all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
         # Normalized queries and keys keep attention logits from growing during training.
         self.qk_norm = config.qk_norm
+        # RMSNorm in any case: what matters is the length of queries and keys.
         if config.qk_norm:  # https://arxiv.org/abs/2302.05442
             if config.norm == "layernorm":
                 config = replace(config, norm="rmsnorm")
@@ -161,6 +161,7 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=q.device).tril(pos)
         y = attention(q, k, v, mask, is_causal=pos == 0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        # A float32 cache makes y float32.
         return self.c_proj(y.to(v.dtype))
 
 
@@ -229,8 +230,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         if config.tie_embeddings:  # https://arxiv.org/abs/1608.05859
             self.lm_head.weight = self.transformer.wte.weight
-        # Initialize all weights; an output layer of its own starts at zero, so that the first loss
-        # is exactly ln(vocab_size).
+        # An untied output layer starts at zero, so that the first loss is exactly ln(vocab_size),
+        # and an untied embedding with a standard deviation of 1 (nanochat).
         self.apply(self._init_weights)
         if not config.tie_embeddings:
             nn.init.normal_(self.transformer.wte.weight)
@@ -252,9 +253,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, pos=0, positions=None, mask=None):
         """The final hidden states (B, T, C) of token ids idx (B, T).
 
-        The tokens are at positions pos, pos + 1, ... after those in cache (see new_cache) and
-        attend causally. Or they are at positions (B, T), and mask (B, 1, T, T) is True where they
-        attend.
+        By default idx continues the `pos` tokens in cache (see new_cache), with causal attention.
+        Or give positions (B, T) and mask (B, 1, T, T), which is True where a token may attend.
         """
         # Which positions do the tokens have?
         T = idx.size(1)
@@ -278,12 +278,12 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             block_cache = None if cache is None else cache[i]
             x = checkpoint_block(
-                block, x, block_cache, pos, mask, cos_sin, everything=self.activation_checkpointing
+                block, x, block_cache, pos, mask, cos_sin, full=self.activation_checkpointing
             )
         return self.transformer.ln_f(x)
 
     def _to_stream_dtype(self, x):
-        """Training in bfloat16 on GPUs keeps the residual stream in it too: a quarter less traffic.
+        """Cast x to bfloat16 when training under bfloat16 autocast on a GPU: 1/4 less traffic.
 
         On CPUs, over 8 seeds of 300 steps, that moved the loss by 0.002 +- 0.004 (GPT-2) and by
         -0.002 +- 0.002 (modern), where seeds vary by 0.02 and 0.01.
@@ -297,6 +297,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., vocab_size)."""
+        # Without the rows that pad the vocabulary, which are never trained.
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return softcap_logits(logits, self.config.softcap)
 
@@ -312,7 +313,6 @@ class GPT(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        # The loss of many rows at a time, without the full logits: see kernels.py.
         loss, accuracy = LinearCrossEntropy.apply(
             x.flatten(0, 1),
             self.lm_head.weight,
@@ -325,7 +325,6 @@ class GPT(nn.Module):
 
     def num_params(self):
         """The number of parameters, without the rows that pad the vocabulary."""
-        # Tied tables are one parameter, which parameters() yields once.
         total = sum(p.numel() for p in self.parameters())
         padding = self.transformer.wte.num_embeddings - self.config.vocab_size
         tables = 1 if self.config.tie_embeddings else 2
@@ -334,8 +333,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Training FLOPs per token at context T, forward and backward: 6N + 12 n_layer n_embd T.
 
-        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), by which MFU is defined. N
-        leaves out embeddings, which are looked up, and includes the output layer.
+        PaLM's count (https://arxiv.org/abs/2204.02311, appendix B), used for MFU, the share of the
+        hardware's peak FLOP/s that training achieves. N leaves out embeddings, which are looked up,
+        and includes the output layer.
         """
         c = self.config
         N = self.num_params()
@@ -375,6 +375,7 @@ class GPT(nn.Module):
                     x = x.repeat_interleave(num_samples, dim=0)
                     idx = idx.repeat_interleave(num_samples, dim=0)
                     num_samples = 1
+            # A tokenizer can have fewer tokens than the model: the others are never drawn.
             logits = self.logits(x[:, -1])[:, :vocab_size].float()
             token = sample_token(logits, **sampling)  # (B,)
             yield token
@@ -383,10 +384,11 @@ class GPT(nn.Module):
     def new_cache(self, B, length):
         """An empty cache for hidden(): keys and values of B sequences of `length` tokens.
 
-        (n_layer, 2, B, n_head, length, head_size); float32 on a CPU, where attention for one query
-        takes a sixth of bfloat16's time (900 keys of 124M).
+        (n_layer, 2, B, n_head, length, head_size); without autocast, float32 on a CPU, where
+        attention for one query takes a sixth of bfloat16's time (900 keys of 124M).
         """
         c = self.config
+        # Autocast converts queries, keys and values, so the cache has its dtype.
         weight = self.transformer.wte.weight
         device = weight.device.type
         if torch.is_autocast_enabled(device):
@@ -457,7 +459,7 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     owner/name), or a local Hugging Face folder. Prints which file it loads to stderr. Raises
     UserError if it cannot be loaded.
     """
-    # A name on the hub, unless such a file or folder exists.
+    # OpenAI's names come first; another name is looked for here, and then on the hub.
     on_hub = ckpt in OPENAI_MODELS
     if not os.path.exists(ckpt) and not ckpt.endswith(".pt"):
         on_hub = on_hub or re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) is not None

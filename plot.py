@@ -28,7 +28,6 @@ x = "step"  # the horizontal axis: step, tokens or hours
 
 GPT2_LOSS = 3.2924
 HELLASWAG = ((0.2946, "GPT-2 124M"), (0.337, "GPT-3 124M"))
-# A line of log.txt: step, kind, value.
 RECORD = re.compile(r"(\d+) (\w+) (-?(?:[\d.]+(?:e[-+]?\d+)?|inf|nan))\n")  # a line of log.txt
 COLORS = ["#1f5fa8", "#d1602b", "#2d8a57", "#8a4fa3", "#8a6d1b", "#c23b6b"]
 STYLE = {
@@ -74,6 +73,7 @@ class RunLog:
         steps = self.values(kind, "step")
         if x == "step":
             return steps
+        # build-nanogpt's log.txt has neither tokens nor times.
         if not self.has("train", "tokens"):
             raise UserError(
                 f"--x={x}: choose step; tokens and hours are for logs with a metrics.jsonl"
@@ -180,7 +180,7 @@ def import_pyplot():
 
 
 def save(fig, path):
-    """Write the picture; somebody may be looking at the last one."""
+    """Write the picture atomically: a viewer may have the file open."""
     extension = os.path.splitext(path)[1][1:] or "png"
     try:
         atomic_write(path, lambda f: fig.savefig(f, dpi=110, format=extension))
@@ -246,7 +246,6 @@ def draw_loss(ax, runs):
         draw_baseline(ax, GPT2_LOSS, "GPT-2 124M val", align="right")
         highs.append(GPT2_LOSS)  # a label outside of the axes would push them together
         lows.append(GPT2_LOSS)
-    # The range that the curves need, with a small margin.
     if highs:
         low = min(lows)
         high = max(highs)
@@ -322,16 +321,15 @@ def choose_panels(runs):
     return panels
 
 
-def draw_run(folders):
+def draw_runs(folders):
     """Draw the runs in some log folders into one figure."""
-    # Read the runs first: a mistake is told before matplotlib is imported, which takes a second.
+    # Read the runs first: errors are reported before matplotlib is imported, which takes a second.
     runs = []
     for folder, color in zip(folders, COLORS, strict=False):
         name = folder if len(folders) > 1 else ""
         runs.append(read_run(folder, name, color))
         print(f"{folder}: {summary(runs[-1])}")
     plt = import_pyplot()
-    # Two panels side by side, all with the same horizontal axis.
     panels = choose_panels(runs)
     num_columns = min(2, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
@@ -345,6 +343,7 @@ def draw_run(folders):
         if x == "tokens":
             ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))  # 1M
         ax.locator_params(axis="x", nbins=5, integer=x == "step")
+        # A single unnamed curve needs no legend.
         labels = ax.get_legend_handles_labels()[1]
         if labels:
             ax.legend(ncols=2 if len(labels) > 4 else 1)
@@ -356,9 +355,11 @@ def draw_run(folders):
 def main():
     check_choice("x", x, ("step", "tokens", "hours"))
     folders = [folder.strip() for folder in logs.split(",") if folder.strip()]
+    if os.path.isdir(logs):
+        folders = [logs]  # its name has a comma
     if not 0 < len(folders) <= len(COLORS):
         raise UserError(f"--logs={logs}: expected 1 to {len(COLORS)} folders, separated by commas")
-    save(draw_run(folders), out or f"{folders[0]}/plot.png")
+    save(draw_runs(folders), out or f"{folders[0]}/plot.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Generate text from a model.
 
-    python sample.py                                              # the newest checkpoint in log/
+    python sample.py                                              # the latest checkpoint in log/
     python sample.py --ckpt=gpt2-xl --prompt="The meaning of life is" --num_samples=3
     python sample.py --prompt=FILE:story.txt --temperature=0      # a prompt from a file, greedy
     python sample.py --interactive=True                           # type prompts; an empty line ends
@@ -16,7 +16,7 @@ import sys
 
 from configurator import check_min, configure
 from data.tokenizer import encode
-from device import dynamic_shapes, pick_device, pick_dtype
+from device import eager_mode, pick_device, pick_dtype
 from model import load_model
 from script import UserError, run_as_script
 
@@ -36,9 +36,9 @@ seed = 1337  # the same seed gives the same text
 out = ""  # a file to write the samples to as well
 interactive = False  # ask for one prompt after another
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # float16 weights on CPUs, else bfloat16 where the hardware has it, else float16
+dtype = "auto"  # float16 weights on CPUs (if torch has FBGEMM); otherwise as in train_gpt2.py
 
-RULE = "-" * 80  # between samples
+SEPARATOR = "-" * 80  # between samples
 
 
 def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
@@ -86,6 +86,7 @@ def prepare_for_sampling(model, dtype, device):
     """
     # Everywhere else, the whole model in one dtype.
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    # On GPUs and Macs, the whole model in one dtype.
     if device != "cpu" or not has_fbgemm or dtype not in ("auto", "float16"):
         return model.to(pick_dtype(dtype, device)).eval()
     # Replace every linear layer; embeddings and norms stay in float32.
@@ -100,6 +101,7 @@ def read_prompt():
     """The prompt that the settings name."""
     if not prompt.startswith("FILE:"):
         return prompt
+    # nanoGPT's way to give a long prompt.
     path = os.path.expanduser(prompt.removeprefix("FILE:"))
     try:
         with open(path, encoding="utf-8") as f:
@@ -108,7 +110,7 @@ def read_prompt():
         raise UserError(f"--prompt={prompt}: cannot read this file ({e})")
 
 
-def write_out(text, mode):
+def write_to_file(text, mode):
     """Write text to the file --out=, opened in this mode."""
     try:
         with open(out, mode, encoding="utf-8") as f:
@@ -117,7 +119,7 @@ def write_out(text, mode):
         raise UserError(f"--out={out}: cannot write this file ({e.strerror})")
 
 
-@dynamic_shapes()
+@eager_mode()
 @torch.inference_mode()
 def print_samples(model, enc, start, generator):
     """Print the samples that continue a prompt, and write them to --out=."""
@@ -138,10 +140,10 @@ def print_samples(model, enc, start, generator):
         print(pieces[0], end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     for text in texts[1:]:
-        print(f"\n{RULE}\n{text}", end="")
+        print(f"\n{SEPARATOR}\n{text}", end="")
     print()
     if out:
-        write_out("".join(f"{text}\n{RULE}\n" for text in texts), "a")
+        write_to_file("".join(f"{text}\n{SEPARATOR}\n" for text in texts), "a")
 
 
 def main():
@@ -156,7 +158,7 @@ def main():
     model, enc = load_model(ckpt, device_name, log_dir)
     model = prepare_for_sampling(model, dtype, device_name)
     if out:
-        write_out("", "w")  # empty it: each prompt appends to it
+        write_to_file("", "w")  # empty it: each prompt appends to it
     # One generator for all prompts, so that a session can be repeated.
     generator = torch.Generator(device_name).manual_seed(seed)
     if not interactive:

@@ -62,6 +62,7 @@ def print0(*args):
 
 def num_cpus():
     """The number of cores this process may use, by its affinity and its container's quota."""
+    # taskset and Slurm restrict the affinity, containers the quota.
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:

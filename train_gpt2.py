@@ -23,7 +23,7 @@ import shlex
 import time
 
 from configurator import configure, current_settings, read_settings
-from data.loader import Mixture, ShardLoader, format_ranges, open_mixture
+from data.loader import MixtureLoader, ShardLoader, format_ranges, open_sources
 from device import peak_flops, pick_autocast, pick_compile, pick_dtype
 import ewok
 from fineweb import make_demo_shards
@@ -36,6 +36,7 @@ from training.micro_batch import fit_memory, largest_micro_batch
 from training.optimizers import configure_optimizers
 from training.schedule import describe_schedule, get_lr
 from training.settings import DEMO_DIR, check_settings, resolve_settings
+from weights import last_checkpoint_message, model_path
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ seed = 1337  # seed of the weights and of the order of the data
 # model
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads per block; n_embd / 64 in GPT-2
-n_embd = 768  # width
+n_embd = 768  # width of the model
 pos = "learned"  # positions: learned or rope
 norm = "layernorm"  # layernorm, rmsnorm or rmsnorm_noaffine (RMSNorm without weights)
 mlp = "gelu"  # gelu, swiglu (with the same number of parameters) or relu2
@@ -77,27 +78,27 @@ max_steps = 19_073  # length of the run; 19,073 is 1 epoch of 10B tokens at 0.5M
 warmup_steps = 715  # length of the warmup; 715 is GPT-3's 375M tokens
 max_lr = 6e-4  # highest learning rate; 6e-4 is GPT-3 124M's
 min_lr = 6e-5  # learning rate at the end of the run
-weight_decay = 0.1  # on matrices and embeddings; with muon on its matrices, more in short runs
+weight_decay = 0.1  # of AdamW's matrices and embeddings, or only of Muon's; more in short runs
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # what to do every N steps; 0: never
 eval_every = 250  # measure the validation loss every N steps; 0: never
-hellaswag_every = 250  # run HellaSwag, as python hellaswag.py does
+hellaswag_every = 250  # run HellaSwag (hellaswag.py) every N steps; 0: never
 hellaswag_limit = 0  # use only the first N items of HellaSwag; 0: all
-ewok_every = 250  # run EWoK, as python ewok.py does
+ewok_every = 250  # run EWoK (ewok.py) every N steps; 0: never
 ewok_items = False  # log the scores of each EWoK item, to log/ewok_items.jsonl
-val_tokens = 10_485_760  # how many validation tokens the validation loss uses: the first ones
-sample_every = 250  # generate text
-sample_prompt = "Hello, I'm a language model,"  # the start of that text; empty: <|endoftext|>
-sample_tokens = 48  # the length of that text in tokens
-save_every = 5000  # save a checkpoint
-plot_every = -1  # draw log/plot.png (needs matplotlib); -1: at each checkpoint and at the end
-print_every = 1  # print a line on the terminal; log.txt has every step
-exposure_every = 0  # log which tokens the model has seen, to log/exposure.jsonl
-wandb = ""  # log to this project at Weights & Biases too
+val_tokens = 10_485_760  # measure the validation loss on the first N validation tokens
+sample_every = 250  # generate a sample of text every N steps; 0: never
+sample_prompt = "Hello, I'm a language model,"  # prompt of the samples; empty: <|endoftext|>
+sample_tokens = 48  # length of the samples in tokens
+save_every = 5000  # save a checkpoint every N steps; 0: only at the end
+plot_every = -1  # draw log/plot.png every N steps; -1: at each checkpoint; 0: never
+print_every = 1  # print a line every N steps; 0: never; log.txt has every step
+exposure_every = 0  # every N steps, log which tokens were read to log/exposure.jsonl; 0: never
+wandb = ""  # project at Weights & Biases to log to as well
 wandb_name = ""  # the run's name at Weights & Biases
-tensorboard = False  # log to log/tensorboard too
+tensorboard = False  # write TensorBoard logs to log/tensorboard as well
 # what can go wrong
 save_every_minutes = 60.0  # also save a checkpoint when the last one is this old; 0: never
 keep_checkpoints = 0  # keep only the newest N model_*.pt and the best by validation loss; 0: all
@@ -110,8 +111,7 @@ compile = "auto"  # torch.compile: true, false, or auto, which means true on CUD
 fsdp = False  # shard weights, gradients and optimizer over processes, for large models
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
 
-# NanoChat's architecture, with the recipe of modded-nanogpt and nanochat; README.md has the
-# sources.
+# NanoChat, with the recipe of modded-nanogpt and nanochat; README.md has the sources.
 MODERN = {
     "pos": "rope", "norm": "rmsnorm_noaffine", "mlp": "relu2", "qk_norm": True, "bias": False,
     "embd_norm": True, "softcap": 15.0, "zero_init": True, "tie_embeddings": False,
@@ -145,7 +145,9 @@ PRESETS = {
 
 # To add an eval: its script here, and the setting <script>_every above.
 EVALS = (hellaswag, ewok)  # evals.py says what they need
-MODEL_KEYS = [field.name for field in dataclasses.fields(GPTConfig) if field.name in globals()]
+# The settings that are fields of GPTConfig; the other two come from T and from the tokenizer.
+NOT_SETTINGS = ("block_size", "vocab_size")
+MODEL_KEYS = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in NOT_SETTINGS]
 IMMUTABLE = ["preset", *MODEL_KEYS, "optimizer", "init_from"]  # a resumed run cannot change these
 
 
@@ -156,20 +158,20 @@ def preset_settings(name):
     return {**settings, **PRESETS[name]}
 
 
-def presets(overrides):
-    """The settings that apply before those on the command line (overrides)."""
+def initial_settings(overrides):
+    """All settings of this command; overrides: those on the command line."""
     return resolve_settings(overrides, PRESETS, preset_settings, IMMUTABLE)
 
 
 @dataclasses.dataclass
 class Setup:
-    """What a training step works with."""
+    """The objects that a training step uses."""
 
     model: GPT
     train_model: torch.nn.Module  # computes the gradients of model: model itself, or DDP
     optimizers: list
     scaler: torch.amp.GradScaler
-    loader: Mixture
+    loader: MixtureLoader
     device: str
     B: int  # the micro-batch
     rank: int = 0
@@ -178,11 +180,10 @@ class Setup:
 
 def open_model(shards, saved, overrides, compute_dtype, device):
     """The GPT to train, on its device: the resumed run's, with given weights, or fresh."""
-    # The seed is set even if the weights are loaded: a sample or a fresh head may need it.
     torch.manual_seed(seed)
     source = init_from
     if saved:
-        source = checkpoint.model_path(log_dir, saved["step"])
+        source = model_path(log_dir, saved["step"])
     # Loaded weights decide the architecture: a setting that contradicts them is a mistake.
     if source:
         model, enc = load_model(source, "cpu" if fsdp else device, log_dir)
@@ -212,22 +213,28 @@ def open_model(shards, saved, overrides, compute_dtype, device):
     return model.to(device).train()
 
 
-def describe(setup, run, compute_dtype):
-    """Print what is trained, on what; returns the tokens/s at an MFU of 1, or None if unknown."""
-    # The machine, the model, the schedule and the data, a line each.
-    name, peak = peak_flops(setup.device, compute_dtype)
+def print_summary(setup, run, compute_dtype):
+    """Print the machine, the model, the schedule and the data, a line each."""
+    name, _ = peak_flops(setup.device, compute_dtype)
     compiled = "on" if pick_compile(compile, setup.device) else "off"
     dtype_name = str(compute_dtype).removeprefix("torch.")
     print0(f"{setup.world_size} x {name}, {dtype_name}, compile {compiled}")
     millions = setup.model.num_params() / 1e6
     print0(f"{millions:.2f}M parameters, context {T}, tokenizer {setup.loader.enc.name}")
-    print0(describe_schedule(run.settings, run.extended))
+    print0(describe_schedule(run.settings, run.rewarm_from))
     grad_accum_steps = total_batch_size // (setup.B * T * setup.world_size)
     shape = f"{grad_accum_steps} x {setup.B} x {T} on each device"
     print0(f"{total_batch_size:,} tokens per step ({shape})")
     for line in setup.loader.describe(total_batch_size // T):
         print0(line)
-    return setup.world_size * peak / setup.model.flops_per_token(T) if peak else None
+
+
+def peak_tokens_per_sec(setup, compute_dtype):
+    """The tokens/s of all devices at an MFU of 1; None if the devices' FLOP/s are not known."""
+    _, peak = peak_flops(setup.device, compute_dtype)
+    if peak is None:
+        return None
+    return setup.world_size * peak / setup.model.flops_per_token(T)
 
 
 def should_save(run, log):
@@ -246,8 +253,7 @@ def train_step(setup, run):
     """
     # Each rank reads its own part of the step's sequences, B at a time.
     start = time.perf_counter()
-    model = setup.model
-    device = model.lm_head.weight.device
+    device = torch.device(setup.device)
     sequences = total_batch_size // T
     grad_accum_steps = sequences // (setup.B * setup.world_size)
     batches = setup.loader.batches(
@@ -260,10 +266,9 @@ def train_step(setup, run):
         if device.type == "cuda":
             batch = batch.pin_memory()
         batch = batch.to(device, non_blocking=device.type == "cuda")
-        # DDP averages the gradients over ranks when this flag is set: only after the last
-        # micro-batch.
+        # DDP averages the gradients over ranks in the backward pass of the last micro-batch.
         setup.train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-        with pick_autocast(dtype, str(device), cache=False):
+        with pick_autocast(dtype, setup.device, cache_weights=False):
             loss = setup.train_model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         total_loss += loss.detach()
         setup.scaler.scale(loss / grad_accum_steps).backward()
@@ -271,15 +276,15 @@ def train_step(setup, run):
     # The norm of the gradient, and the loss, over all ranks.
     for opt in setup.optimizers:
         setup.scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(setup.model.parameters(), grad_clip or math.inf)
     if distributed.is_dtensor(grad_norm):
         grad_norm = grad_norm.full_tensor()
     grad_norm = grad_norm.item()
     loss = distributed.sum_over_ranks(total_loss).item() / (grad_accum_steps * setup.world_size)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
 
-    # One update, unless something is not finite. Some groups have other rates than the schedule's.
-    lr = get_lr(run.settings, run.step, run.extended)
+    # One update, unless something is not finite. A group can have a factor of the learning rate.
+    lr = get_lr(run.settings, run.step, run.rewarm_from)
     for opt in setup.optimizers:
         for group in opt.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
@@ -299,7 +304,7 @@ def train_step(setup, run):
     return result
 
 
-def log_step(result, run, loader, peak_tokens_per_sec, eta, log):
+def log_step(result, run, loader, peak_speed, eta, log):
     """Print and log a step. Raises UserError after max_bad_steps steps that were not finite."""
     # The numbers of this step, for metrics.jsonl and the terminal.
     step = run.step
@@ -313,8 +318,8 @@ def log_step(result, run, loader, peak_tokens_per_sec, eta, log):
     line = f"step {step:5d} | loss {result['loss']:.6f} | lr {result['lr']:.4e}"
     line += f" | norm {result['grad_norm']:.4f} | {1000 * result['seconds']:.0f}ms"
     line += f" | {speed:,.0f} tok/s"
-    if peak_tokens_per_sec:
-        result["mfu"] = speed / peak_tokens_per_sec
+    if peak_speed is not None:
+        result["mfu"] = speed / peak_speed
         line += f" | mfu {100 * result['mfu']:.1f}%"
     if eta is not None:
         line += f" | eta {datetime.timedelta(seconds=round(eta))}"
@@ -333,11 +338,11 @@ def log_step(result, run, loader, peak_tokens_per_sec, eta, log):
         count = f"{run.bad_steps} in a row"
         print0(f"step {step:5d} | not finite: no update, {count}; the data: {bad_data}")
     # Log it before the run may end, so that the reason is in the log.
-    log.log_metric(step, "train", result["loss"], **result)
+    log.log_metric(step, "train", result["loss"], result)
     if run.bad_steps >= max_bad_steps:
         raise UserError(
             f"step {step}: {run.bad_steps} steps in a row were not finite, the last on {bad_data}; "
-            f"{checkpoint.last_good(log_dir)}; try a lower --max_lr, or other data with --seed="
+            f"{last_checkpoint_message(log_dir)}; try a lower --max_lr, or other data with --seed="
         )
 
 
@@ -355,7 +360,6 @@ def explain(error):
 
 def finish(stop_reason, log):
     """Print the final message, after the last checkpoint."""
-    # The last checkpoint is complete when all ranks are here.
     distributed.barrier()  # gloo aborts a process whose peer is gone: rank 0 may still save
     if plot_every:
         log.plot(timeout=60 if stop_reason == "finished" else 0)
@@ -380,15 +384,15 @@ def main(overrides):
     autocast = pick_autocast(dtype, device_name)
     torch.set_float32_matmul_precision("high")
 
-    # The data.
+    # The data: the demo makes its own.
     if data_dir == DEMO_DIR and "data_dir" not in overrides:
         keep = resume or eval_only
         distributed.local_main_process_first(lambda: make_demo_shards(DEMO_DIR, keep))
-    mixture = open_mixture(data_dir)
-    sources = evals.validation_sources(mixture, val_dir, val_tokens)
+    sources = open_sources(data_dir)
+    val_sources = evals.validation_sources(sources, val_dir, val_tokens)
     # Only measure the loss of a checkpoint.
     if eval_only:
-        validation = evals.Validation(sources, B, T, val_tokens)
+        validation = evals.Validation(val_sources, B, T, val_tokens)
         evals.print_validation(ckpt, log_dir, device_name, validation, autocast, rank, world_size)
         return
     # The micro-batch: as given, or the largest that fits the device and divides the step.
@@ -397,10 +401,10 @@ def main(overrides):
         max_B = min(B, max(1, 8192 // T))  # larger batches are no faster on a CPU
     is_exact = "B" in overrides
     micro_B = largest_micro_batch(max_B, is_exact, T, total_batch_size, world_size)
-    loaders = [ShardLoader(shards, T, seed) for shards in mixture]
-    loader = Mixture(loaders, list(mixture.values()))
+    loaders = [ShardLoader(shards, T, seed) for shards in sources]
+    loader = MixtureLoader(loaders, list(sources.values()))
 
-    # The run, the model, and what trains it: from resume.pt, or new.
+    # Run, model, optimizers and scaler: from resume.pt, or new.
     saved = checkpoint.load_resume(log_dir, resume_step) if resume else None
     settings = current_settings(globals())
     defaults = preset_settings(preset)
@@ -413,7 +417,7 @@ def main(overrides):
     scaler = torch.amp.GradScaler(device_name.split(":")[0], enabled=use_scaler)
     if saved:
         checkpoint.restore(log_dir, model, optimizers, scaler, saved)
-    # DDP averages the gradients of the ranks' models after each step.
+    # DDP averages the gradients over ranks, in the last backward pass of a step.
     train_model = model
     if world_size > 1 and not fsdp:
         device_ids = [device_name] if device_name.startswith("cuda") else None
@@ -421,44 +425,42 @@ def main(overrides):
     setup = Setup(
         model, train_model, optimizers, scaler, loader, device_name, micro_B, rank, world_size
     )
-    # FSDP communicates in every block: one rank's out of memory would hang the others.
+    # FSDP communicates in every block: one rank without memory would hang the others.
     if "B" not in overrides and device_name != "cpu" and not fsdp:
         fit_memory(setup, T, total_batch_size, dtype, with_optimizer=not saved)
     run.settings["B"] = setup.B
     for key in MODEL_KEYS:
         run.settings[key] = getattr(model.config, key)  # those of the weights that were loaded
-    peak_tokens_per_sec = describe(setup, run, compute_dtype)
+    print_summary(setup, run, compute_dtype)
+    if run.step > max_steps:
+        print0(f"nothing to do: the run is at step {run.step}, --max_steps={max_steps}")
+        return
 
-    # What is done besides training, and the log.
-    context = evals.EvalContext(model, loader.enc, autocast, rank, world_size)
-    validation = evals.Validation(sources, setup.B, T, val_tokens)
+    # Evaluations and other periodic tasks, and the log.
+    context = evals.TaskContext(model, loader.enc, autocast, rank, world_size)
+    validation = evals.Validation(val_sources, setup.B, T, val_tokens)
     tasks = evals.periodic_tasks(run.settings, EVALS, context, validation, loader)
     log = open_log(run, saved, loader, model, writes=rank == 0)
     del saved  # the optimizers have it now
     stop = distributed.StopRequests()
-    if run.step > max_steps:
-        print0(f"nothing to do: the run is at step {run.step}, --max_steps={max_steps}")
-        return
-    train(setup, run, tasks, context, log, stop, peak_tokens_per_sec)
+    peak_speed = peak_tokens_per_sec(setup, compute_dtype)
+    train(setup, run, tasks, context, log, stop, peak_speed)
 
 
-def train(setup, run, tasks, context, log, stop, peak_tokens_per_sec):
+def train(setup, run, tasks, context, log, stop, peak_speed):
     """The training loop. A step: the tasks that are due, perhaps a checkpoint, the update."""
-    # recent_times holds the last 20 durations of each kind of work, for the estimate of the time
-    # left.
     compile_step = run.step if pick_compile(compile, setup.device) else None  # not worth timing
     recent_times = collections.defaultdict(lambda: collections.deque(maxlen=20))
-    every = {kind: n for kind, (n, _) in tasks.items()}
-    every["save"] = save_every
+    intervals = {kind: every for kind, (every, _) in tasks.items()}
+    intervals["save"] = save_every
     stop_reason = ""  # "finished", "interrupted" or "data_timeout"
     while True:
         val_loss = None
-        # 1. Is the data of this step there? fineweb.py may still be writing it.
+        # 1. Wait until the data of this step is there: fineweb.py may still be writing it.
         if not stop_reason and run.step < max_steps:
             last_sequence = (run.tokens + total_batch_size) // T - 1  # of this step
             stop_reason = distributed.wait_for_data(setup.loader, last_sequence, stop, data_timeout)
-            run.data = setup.loader.fingerprint()
-        # 2. Evaluations, samples and plots that are due, with the weights after `step` updates.
+        # 2. Evaluations, samples and plots that are due, with the weights after run.step updates.
         if not stop_reason and run.evaluated_step != run.step:
             val_loss, interrupted = evals.run_due_tasks(
                 tasks, context, run, log, stop, recent_times
@@ -469,7 +471,7 @@ def train(setup, run, tasks, context, log, stop, peak_tokens_per_sec):
             stop_reason = "finished"
         # 3. A checkpoint, when it is due and whenever the run ends.
         if stop_reason or should_save(run, log):
-            log.save(run, setup.model, setup.optimizers, setup.scaler, setup.loader.enc, val_loss)
+            log.save(run, setup, val_loss)
             recent_times["save"].append(log.save_seconds)
             if plot_every < 0 and not stop_reason:
                 log.plot()
@@ -482,8 +484,8 @@ def train(setup, run, tasks, context, log, stop, peak_tokens_per_sec):
             run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
         if run.step != compile_step:
             recent_times["train"].append(result["seconds"])
-        eta = evals.estimate_eta(run.step, max_steps, every, recent_times)
-        log_step(result, run, setup.loader, peak_tokens_per_sec, eta, log)
+        eta = evals.estimate_eta(run.step, max_steps, intervals, recent_times)
+        log_step(result, run, setup.loader, peak_speed, eta, log)
         # 5. On to the next step, or stop after this one.
         run.step += 1
         run.tokens += total_batch_size
@@ -494,4 +496,4 @@ def train(setup, run, tasks, context, log, stop, peak_tokens_per_sec):
 
 if __name__ == "__main__":
     with distributed.run_as_distributed_script(explain):
-        main(configure(globals(), presets))
+        main(configure(globals(), initial_settings))

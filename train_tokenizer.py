@@ -53,7 +53,6 @@ def train(texts, vocab_size, pattern):
 
 def bytes_per_token(enc, texts):
     """UTF-8 bytes of the texts divided by their tokens: higher means better compression."""
-    # Ratios of sums: long documents count more.
     num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
     return num_bytes / sum(len(encode(enc, text)) for text in texts)
 

@@ -97,20 +97,17 @@ class Documents:
                 f"{dataset}: no such file or folder; known names: {names}, or owner/name of the hub"
             )
         self.state = None
-        self.skipped = collections.Counter()  # rows by reason, and "rows": all of them
+        self.num_rows = 0
+        self.skipped = collections.Counter()  # {reason: rows}
         self.examples = []  # the first three, in words
 
     def report(self):
         """How many rows were skipped and why, in words; empty if none were."""
-        # For example "3 unreadable, 1 without text".
-        reasons = []
-        for reason, count in self.skipped.items():
-            if reason != "rows" and count:
-                reasons.append(f"{count:,} {reason}")
+        reasons = [f"{count:,} {reason}" for reason, count in self.skipped.items() if count]
         if not reasons:
             return ""
         examples = f" ({'; '.join(self.examples)})" if self.examples else ""
-        return f"of {self.skipped['rows']:,} rows were left out: {', '.join(reasons)}{examples}"
+        return f"of {self.num_rows:,} rows were left out: {', '.join(reasons)}{examples}"
 
     def __iter__(self):
         if self.dataset == "tinyshakespeare":
@@ -128,22 +125,34 @@ class Documents:
     def _texts(self):
         """Yield the documents after self.state, which moves on with them."""
         # Continue where the state says, with the counts that it has.
-        start = self.state or {"documents": 0, "file": "", "position": None, "skipped": {}}
+        start = self.state or {
+            "documents": 0,
+            "rows": 0,
+            "file": "",
+            "position": None,
+            "skipped": {},
+        }
+        self.num_rows = start["rows"]
         self.skipped = collections.Counter(start["skipped"])
-        count = start["documents"]
+        num_documents = start["documents"]
         for row, file, position, location in self._rows(start["file"], start["position"]):
             is_continuation = isinstance(row, Continuation)
             if not is_continuation:
-                self.skipped["rows"] += 1
-            text = self._text(row, location)
+                self.num_rows += 1
+            try:
+                text = self._text(row, location)
+            except UnreadableRow as e:
+                self._skip("unreadable", f"{location}: {e}")
+                self._check_bad_rows(1000)
+                continue
             if not text:
                 continue
             if not is_continuation:
-                count += 1
-            # The state is set before the document is yielded, so that whoever takes it can store
-            # both.
+                num_documents += 1
+            # Set before the document is yielded, so that the caller can store both.
             self.state = {
-                "documents": count,
+                "documents": num_documents,
+                "rows": self.num_rows,
                 "file": file,
                 "position": position,
                 "skipped": dict(self.skipped),
@@ -152,57 +161,53 @@ class Documents:
         self._check_bad_rows(0)
 
     def _text(self, row, location):
-        """The text of a row, None or "" if it is skipped. location: "file row 5"."""
-        if isinstance(row, dict):
-            row = self._text_of_columns(row, location)
-        # A surrogate in a str cannot be encoded as UTF-8: it came from a damaged file or a broken
-        # escape in JSON.
-        if isinstance(row, str) and not row.isascii() and re.search("[\ud800-\udfff]", row):
-            row = UnreadableRow("half of a surrogate pair, or not UTF-8")
+        """The text of a row; "" if it has none, which is counted. Raises UnreadableRow."""
         if isinstance(row, UnreadableRow):
-            self.skipped["unreadable"] += 1
-            self._add_example(f"{location}: {row}")
-            self._check_bad_rows(1000)
-            return None
-        return row
+            raise row
+        text = row
+        if isinstance(row, dict):
+            text = self._text_of_columns(row, location)
+        # A surrogate cannot be encoded as UTF-8: the file or an escape in its JSON is damaged.
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise UnreadableRow("half of a surrogate pair, or not UTF-8")
+        return text
 
     def _text_of_columns(self, row, location):
-        """The first text in a row's columns; None or "", which is counted, if there is none."""
+        """The first text in a row's columns; "" if there is none, which is counted."""
         # The first row tells whether the dataset has such a column at all.
         has_column = False
         for column in self.columns:
             if column in row or column.partition(".")[0] in row:
                 has_column = True
-        if self.skipped["rows"] == 1 and not has_column:
+        if self.num_rows == 1 and not has_column:
             raise UserError(
                 f"{self.dataset} has no column {self.columns[0]!r}: use --text_column= with one of "
                 f"{', '.join(map(str, row))}"
             )
         # The text column, or else a chat.
-        texts = []
-        for column in self.columns:
-            value = get_column(row, column)
-            if value is not None:
-                texts.append(render_chat(value))
+        values = [get_column(row, column) for column in self.columns]
+        texts = [render_chat(value) for value in values if value is not None]
         for text in texts:
             if text:
                 return text
         if None in texts:
-            self.skipped["not a string"] += 1
-            return None
-        self.skipped["without text"] += 1
-        if not has_column:
-            self._add_example(f"{location}: no column {self.columns[0]!r}")
+            self._skip("not a string")
+        elif has_column:
+            self._skip("without text")
+        else:
+            self._skip("without text", f"{location}: no column {self.columns[0]!r}")
         return ""
 
-    def _add_example(self, text):
-        if len(self.examples) < 3:
-            self.examples.append(text)
+    def _skip(self, reason, example=""):
+        """Count a row that is skipped; the first three examples are named in the report."""
+        self.skipped[reason] += 1
+        if example and len(self.examples) < 3:
+            self.examples.append(example)
 
     def _check_bad_rows(self, min_rows):
         """Raise UserError if over 1% of the rows (at least min_rows) are unreadable."""
         bad = self.skipped["unreadable"]
-        if bad > 3 and 100 * bad > max(min_rows, self.skipped["rows"]):
+        if bad > 3 and 100 * bad > max(min_rows, self.num_rows):
             raise UserError(f"{self.dataset}: too many rows cannot be read; {self.report()}")
 
     def _rows(self, start_file, start_position):
@@ -231,19 +236,17 @@ class Documents:
     def _hub_rows(self, position):
         """The same for a dataset on the hub, read with `datasets`."""
         failures = 0
-        # Each turn is one attempt; an attempt that has read something resets the count of failures.
+        # Try again after an error; an attempt that has read something resets the count.
         while True:
             last_position = position
             try:
                 rows = self._load_from_hub()
                 if position:
                     rows.load_state_dict(position)
-                for number, row in enumerate(rows, start=1):
+                for row in rows:
                     position = rows.state_dict()
-                    yield row, "", position, f"{self.dataset} row {number}"
+                    yield row, "", position, f"{self.dataset} row {self.num_rows + 1}"
                 return
-            except UserError:
-                raise
             except Exception as e:  # `datasets` and its readers share no base class for errors
                 failures = failures + 1 if position == last_position else 1
                 reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

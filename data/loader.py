@@ -36,16 +36,16 @@ class ShardLoader:
         self._window_starts = functools.lru_cache(maxsize=2)(self._shuffle_windows)
         self._mtime = None
         self._changed_at = time.monotonic()
-        self._count()
+        self._count_windows()
 
-    def _count(self):
+    def _count_windows(self):
         """Count the windows of each shard."""
         # The last token of a shard is only a target.
         counts = [max(0, size - 1) // self.T for _, size in self.shards.train]
-        self.counts = np.array(counts, dtype=np.int64)
-        self.per_epoch = int(self.counts.sum())
+        self.windows_per_shard = np.array(counts, dtype=np.int64)
+        self.windows_per_epoch = sum(counts)
         self._shard_order = functools.lru_cache(maxsize=2)(self._shuffle_shards)
-        if not self.per_epoch and self.shards.complete:
+        if not self.windows_per_epoch and self.shards.complete:
             raise UserError(
                 f"{self.shards.data_dir}: no training shard has the {self.T + 1} tokens that "
                 f"--T={self.T} needs"
@@ -59,8 +59,11 @@ class ShardLoader:
             # contexts and other last targets.
             key = [self.seed, epoch, shard, 1]
             offset = int(np.random.PCG64(key).random_raw() % self.T)
-        starts = offset + self.T * permutation(self.counts[shard], self.seed, epoch, shard, 2)
-        # The offset pushes the last window over the end: it takes the tokens before the offset.
+        starts = offset + self.T * permutation(
+            self.windows_per_shard[shard], self.seed, epoch, shard, 2
+        )
+        # The offset pushes the last window over the end: it starts at 0 instead, where the offset
+        # has left out tokens.
         _, size = self.shards.train[shard]
         starts[starts + self.T + 1 > size] = 0
         return starts
@@ -70,17 +73,17 @@ class ShardLoader:
         if epoch:
             # The first epoch keeps the order of the files, so that training can start while they
             # are still being written.
-            order = permutation(len(self.counts), self.seed, epoch, 3)
+            order = permutation(len(self.windows_per_shard), self.seed, epoch, 3)
         else:
-            order = np.arange(len(self.counts))
-        return order, self.counts[order].cumsum()
+            order = np.arange(len(self.windows_per_shard))
+        return order, self.windows_per_shard[order].cumsum()
 
     def is_available(self, n):
         """Whether sequence n has been written; reads meta.json again if not."""
-        if not self.shards.complete and n >= self.per_epoch:
+        if not self.shards.complete and n >= self.windows_per_epoch:
             self.shards.refresh()
-            self._count()
-        return self.shards.complete or n < self.per_epoch
+            self._count_windows()
+        return self.shards.complete or n < self.windows_per_epoch
 
     def seconds_since_update(self):
         """Seconds since meta.json was seen to change; fineweb.py touches it while it works."""
@@ -100,11 +103,12 @@ class ShardLoader:
         If the folder is not complete, call is_available(n) first.
         """
         # Which shard holds the n-th window of this epoch, and which of its windows is that?
-        epoch, n = divmod(n, self.per_epoch)
+        epoch, n = divmod(n, self.windows_per_epoch)
         order, ends = self._shard_order(epoch)
         i = int(np.searchsorted(ends, n, side="right"))
         shard = int(order[i])
-        start = self._window_starts(epoch, shard)[n - ends[i]]  # counted from the shard's end
+        first = int(ends[i] - self.windows_per_shard[shard])
+        start = self._window_starts(epoch, shard)[n - first]
         return epoch, shard, int(start)
 
     def read(self, n):
@@ -114,26 +118,25 @@ class ShardLoader:
         return self.shards.read(path, start, self.T + 1)
 
     def epochs(self, n):
-        """How many epochs n sequences are; None while the folder is not complete."""
-        return n / self.per_epoch if self.shards.complete else None
+        """The number of epochs in n sequences; None while the folder is not complete."""
+        return n / self.windows_per_epoch if self.shards.complete else None
 
-    def exposure(self, first, last):
-        """Yield which tokens sequences first .. last - 1 are: {"epoch", "shard", "tokens"}.
+    def exposure(self, start, end):
+        """Yield the token ranges of sequences [start, end): {"epoch", "shard", "tokens"}.
 
         tokens are sorted [start, end) ranges of the shard's inputs; neighbors are joined.
         """
-        # Collect the windows of each shard, then join those that are neighbors.
         starts_by_shard = {}
-        for n in range(first, last):
-            epoch, shard, start = self.locate(n)
-            starts_by_shard.setdefault((epoch, shard), []).append(start)
+        for n in range(start, end):
+            epoch, shard, window_start = self.locate(n)
+            starts_by_shard.setdefault((epoch, shard), []).append(window_start)
         for (epoch, shard), starts in starts_by_shard.items():
             ranges = []
-            for start in sorted(starts):
-                if ranges and ranges[-1][1] == start:
+            for window_start in sorted(starts):
+                if ranges and ranges[-1][1] == window_start:
                     ranges[-1][1] += self.T
                 else:
-                    ranges.append([start, start + self.T])
+                    ranges.append([window_start, window_start + self.T])
             path, _ = self.shards.train[shard]
             yield {"epoch": epoch, "shard": os.path.basename(path), "tokens": ranges}
 
@@ -164,7 +167,7 @@ def parse_mixture(data_dir):
     return {folder: weight / total for folder, weight in weights.items()}
 
 
-def open_mixture(data_dir):
+def open_sources(data_dir):
     """{Shards: weight, a Fraction} of a data_dir. All folders must have the same tokenizer."""
     mixture = {Shards(folder): weight for folder, weight in parse_mixture(data_dir).items()}
     first, *others = mixture
@@ -173,12 +176,11 @@ def open_mixture(data_dir):
     return mixture
 
 
-class Mixture:
+class MixtureLoader:
     """ShardLoaders of several folders, or one, in proportion to weights: Fractions that sum to 1.
 
     The pattern repeats: each sequence is taken from the source that is furthest below its share. So
-    no source is ever off by more than a sequence or two, and the position in each takes no
-    counting.
+    no source is ever off by more than a sequence or two, and its position is computed directly.
     """
 
     def __init__(self, loaders, weights):
@@ -192,17 +194,18 @@ class Mixture:
             raise UserError("--data_dir: the weights of a mixture may have four decimals")
         # In a period, each source has a whole number of sequences.
         shares = np.array([int(weight * self.period) for weight in weights])
-        # counts[i]: how many of the first i sequences of a period are from each source
-        self.counts = np.zeros((self.period + 1, len(loaders)), dtype=np.int64)
+        # source_counts[i]: how many of the first i sequences of a period are from each source
+        self.source_counts = np.zeros((self.period + 1, len(loaders)), dtype=np.int64)
         for i in range(self.period):
-            deficit = shares * (i + 1) - self.period * self.counts[i]
-            self.counts[i + 1] = self.counts[i]
-            self.counts[i + 1, np.argmax(deficit)] += 1
+            deficit = shares * (i + 1) - self.period * self.source_counts[i]
+            self.source_counts[i + 1] = self.source_counts[i]
+            self.source_counts[i + 1, np.argmax(deficit)] += 1
 
     def counts_before(self, n):
         """How many of the sequences before n are from each source."""
         periods, i = divmod(n, self.period)
-        return [int(count) for count in periods * self.counts[-1] + self.counts[i]]
+        counts = periods * self.source_counts[-1] + self.source_counts[i]
+        return [int(count) for count in counts]
 
     def read(self, n):
         """The T + 1 tokens of sequence n, int64."""
@@ -224,7 +227,7 @@ class Mixture:
             yield np.stack([self.read(i) for i in range(n, n + B)])
 
     def fingerprint(self):
-        """What tells data apart: {"weight", "shards", "dataset"} of each source.
+        """A fingerprint of the data: {"weight", "shards", "dataset"} of each source.
 
         shards are [file, tokens, checksum] of each training shard.
         """
@@ -244,7 +247,7 @@ class Mixture:
         """Yield lines that describe the data."""
         for loader, weight in zip(self.loaders, self.weights, strict=True):
             folder = loader.shards.data_dir
-            steps = loader.per_epoch / sequences_per_step / float(weight)
+            steps = loader.windows_per_epoch / sequences_per_step / float(weight)
             line = f"{steps:,.1f} steps per epoch of {folder}"
             if len(self.loaders) > 1:
                 line += f", {float(weight):.2%} of the tokens"
@@ -264,18 +267,18 @@ class Mixture:
         return max((loader.seconds_since_update() for loader in self.incomplete()), default=0)
 
     def epochs(self, n):
-        """How many epochs n sequences are; with several folders, {folder: epochs}."""
+        """The number of epochs in n sequences; with several folders, {folder: epochs}."""
         epochs = {}
         for loader, count in zip(self.loaders, self.counts_before(n), strict=True):
             epochs[loader.shards.data_dir] = loader.epochs(count)
         return epochs if len(epochs) > 1 else epochs.popitem()[1]
 
-    def exposure(self, first, last):
+    def exposure(self, start, end):
         """Yield what ShardLoader.exposure does; with several folders, also "data_dir"."""
-        starts = self.counts_before(first)
-        ends = self.counts_before(last)
-        for loader, start, end in zip(self.loaders, starts, ends, strict=True):
-            for ranges in loader.exposure(start, end):
+        starts = self.counts_before(start)
+        ends = self.counts_before(end)
+        for loader, first, last in zip(self.loaders, starts, ends, strict=True):
+            for ranges in loader.exposure(first, last):
                 if len(self.loaders) > 1:
                     ranges = {"data_dir": loader.shards.data_dir, **ranges}
                 yield ranges
@@ -284,10 +287,10 @@ class Mixture:
 def format_ranges(exposure):
     """What exposure() yields, short enough for a line."""
     parts = []
-    for source in exposure:
-        tokens = source["tokens"]
+    for ranges in exposure:
+        tokens = ranges["tokens"]
         parts.append(
-            f"epoch {source['epoch']} {source['shard']} tokens {tokens[0][0]} to {tokens[-1][1]} "
+            f"epoch {ranges['epoch']} {ranges['shard']} tokens {tokens[0][0]} to {tokens[-1][1]} "
             f"({len(tokens)} ranges, in metrics.jsonl)"
         )
     return ", ".join(parts)

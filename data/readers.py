@@ -5,7 +5,7 @@
 .parquet .csv .tsv     one document per row
 
 All but .parquet also as .gz, .bz2, .xz or .zst. Memory is bounded by a row, whatever the size of
-the file (except a .json file that is not JSON lines, which must fit in memory).
+the file (except a .json file that holds an array, which must fit in memory).
 """
 
 import bz2
@@ -97,8 +97,8 @@ def read_json(path, columns, position):
         raise UserError(f"{path}: does not fit in memory; convert it to .jsonl")
     # An array's elements and objects in a row look alike between brackets and commas.
     decoder = json.JSONDecoder(strict=False)
-    between = re.compile(r"[\s,\[\]]*")
-    end = between.match(text).end()
+    separators = re.compile(r"[\s,\[\]]*")
+    end = separators.match(text).end()
     number = 0
     while end < len(text):
         number += 1
@@ -106,7 +106,7 @@ def read_json(path, columns, position):
             row, end = decoder.raw_decode(text, end)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"object {number}: {e}")
-        end = between.match(text, end).end()
+        end = separators.match(text, end).end()
         if number > num_done:
             yield row if isinstance(row, dict) else UnreadableRow("not an object"), [number]
 
@@ -180,47 +180,56 @@ def read_parquet(path, columns, position):
 
 def read_text_file(path, columns, position):
     """The documents of a text file; the long ones in parts, see Continuation."""
-    offset, is_continuation, number = position or (0, 0, 0)
-    with open_decompressed(path, offset) as f:
-        decoder = codecs.getincrementaldecoder("utf-8-sig" if offset == 0 else "utf-8")()
+    start, is_continuation, number = position or (0, 0, 0)
+    with open_decompressed(path, start) as f:
+        # A file may start with a byte order mark, and a character may span two chunks.
+        decoder = codecs.getincrementaldecoder("utf-8-sig" if start == 0 else "utf-8")()
         text = ""  # what has been read of the document and not yet yielded
         error = None
-        at_line_start = True
-        while True:
-            # A line can be as long as the file: read it in parts too.
-            line = f.readline(PART_SIZE)
-            offset += len(line)
-            ends = not line or (at_line_start and is_separator(line))
-            at_line_start = line.endswith(b"\n")
+        for chunk, offset, is_end in text_chunks(f, start):
             if not error:
                 try:
-                    text += decoder.decode(b"" if ends else line, final=ends)
+                    text += decoder.decode(b"" if is_end else chunk, final=is_end)
                 except UnicodeDecodeError as e:
-                    at_byte = offset - len(line) + e.start
+                    at_byte = offset - len(chunk) + e.start
                     error = UnreadableRow(f"not UTF-8 ({e.reason} at byte {at_byte})")
 
-            if ends:
+            if is_end:
                 number += 1
-                if line or number > 1:  # there are separators: line ends next to them do not count
+                if chunk or number > 1:  # there are separators: line ends next to them do not count
                     text = text.rstrip("\r\n") if is_continuation else text.strip("\r\n")
                 if error and is_continuation:
                     raise error  # the start of the document has been yielded already
                 if error or text:
                     yield error or as_part(text, is_continuation), [offset, 0, number]
-                if not line:
-                    return
                 text = ""
                 error = None
                 is_continuation = False
                 decoder.reset()
             elif len(text) >= PART_SIZE and not error:
+                # The position is before what has been read but not yielded.
                 end = split_point(text)
                 part = as_part(text[:end], is_continuation)
                 text = text[end:]
-                # The position is before what has been read but not yielded.
                 num_unread = len(text.encode()) + len(decoder.getstate()[0])
                 yield part, [offset - num_unread, 1, number]
                 is_continuation = True
+
+
+def text_chunks(f, offset):
+    """Yield (chunk, the offset after it, whether it ends a document) of a text file, in bytes.
+
+    A chunk is a line, or a part of a long one. Separators end documents, and so does an empty chunk
+    at the end of the file.
+    """
+    at_line_start = True
+    while True:
+        chunk = f.readline(PART_SIZE)
+        offset += len(chunk)
+        yield chunk, offset, not chunk or (at_line_start and is_separator(chunk))
+        if not chunk:
+            return
+        at_line_start = chunk.endswith(b"\n")
 
 
 def is_separator(line):
@@ -242,7 +251,7 @@ def as_part(text, is_continuation):
 
 
 def join_parts(texts):
-    """Yield the documents of which texts are the parts."""
+    """Yield the documents that the parts make up."""
     parts = []
     for text in texts:
         if parts and not isinstance(text, Continuation):

@@ -41,12 +41,14 @@ class ShardWriter:
     The first val_tokens tokens are the validation split. By default that is one shard, as in
     build-nanogpt, or the last tenth if there are fewer than two shards.
 
-    The first `flushed` tokens of the stream are in shards, the last of which may still be on its
-    way to the disk. The tokens from there up to `received` are in `pending`. If out_dir holds the
-    start of the same set, it is continued: the caller continues the stream at `received`, where its
-    source has the position `state`, which was passed to add(). `received` can be less than
-    `flushed`: those tokens are compared with the last shard. Raises UserError if they differ, or if
-    the shards were made with other settings (`about`, which meta.json stores).
+    Of the stream, tokens [0, flushed) are in shards (the last one may still be on its way to the
+    disk), and tokens [flushed, received) are in `pending`. `state` is the position of the stream's
+    source after `received` tokens.
+
+    If out_dir holds the start of the same set, it is continued: the caller continues the stream at
+    `received`, with the source at `state`. Then `received` can be less than `flushed`: those tokens
+    are compared with the last shard. Raises UserError if they differ, or if the shards were made
+    with other settings (`about`, which meta.json stores).
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):
@@ -79,7 +81,8 @@ class ShardWriter:
         self.received = 0
         self.pending = collections.deque()  # arrays
         self.state = None
-        self.position = None  # {"state", "tokens"} where the last add() started, for meta.json
+        # Where the last add() started: a command that continues after a kill starts there.
+        self.resume_point = None  # {"state", "tokens"}
         self.writing = None  # the future of the shard on its way to the disk
         self.pool = ThreadPoolExecutor(1)  # its thread writes shards
         self.last_heartbeat = 0.0
@@ -125,17 +128,21 @@ class ShardWriter:
         """
         if self.writing and self.writing.done():
             self._finish()  # raises the error of a full disk soon, not one shard later
-        self.position = {"state": self.state, "tokens": self.received}
-        if self.received < self.flushed:
+        self.resume_point = {"state": self.state, "tokens": self.received}
+        overlap = self.flushed - self.received
+        if overlap > 0:  # these tokens are in shards already
             self._verify_overlap(tokens)
-        # Leave out what is in the shards already.
-        new = tokens[max(0, self.flushed - self.received) :]
+            new = tokens[overlap:]
+        else:
+            new = tokens
         self.state = state
         self.received += len(tokens)
         if len(new):
             self.pending.append(np.ascontiguousarray(new, self.meta["dtype"]))
+
+        # Write what fills a shard. The first one waits for a second: see _split_small_corpus().
         if not self.flushed and self.received >= self.first_size + self.shard_size:
-            self._write_shard(self._take(self.first_size))  # fewer tokens are split in close()
+            self._write_shard(self._take(self.first_size))
         while self.flushed and self.received - self.flushed >= self.shard_size:
             self._write_shard(self._take(self.shard_size))
         if self.meta["shards"] and time.monotonic() - self.last_heartbeat > 10:
@@ -158,7 +165,6 @@ class ShardWriter:
 
     def close(self):
         """Write the pending tokens; returns the dict of meta.json. UserError if it is empty."""
-        # Then write what is left, in as many shards as it needs.
         num_pending = self.received - self.flushed
         if num_pending < 0:
             raise UserError(
@@ -221,11 +227,11 @@ class ShardWriter:
             if not isinstance(self.tokenizer, str):
                 content = json.dumps(self.tokenizer).encode()
                 atomic_write(f"{self.out_dir}/tokenizer.json", lambda f: f.write(content))
-            # First, since a folder without meta.json is taken for build-nanogpt's.
+            # meta.json comes first: a folder without it is taken for build-nanogpt's.
             write_meta(self.out_dir, self.meta)
         size = sum(map(len, parts))
         self.flushed += size
-        self.writing = self.pool.submit(self._save, parts, size, self.position)
+        self.writing = self.pool.submit(self._save, parts, size, self.resume_point)
 
     def _finish(self):
         """Wait until the last shard is on the disk; raises the OSError of a full disk."""
@@ -233,7 +239,7 @@ class ShardWriter:
             self.writing.result()
             self.writing = None
 
-    def _save(self, parts, size, position):
+    def _save(self, parts, size, resume_point):
         """Write arrays as a shard, and add it to meta.json once its file is complete."""
         i = len(self.meta["shards"])
         split = "train" if i else "val"
@@ -252,4 +258,4 @@ class ShardWriter:
         shard["documents"] = sum(documents for documents, _ in counts)
         shard["bytes"] = sum(num_bytes for _, num_bytes in counts)
         self.meta["shards"].append(shard)
-        write_meta(self.out_dir, self.meta | {"position": position})
+        write_meta(self.out_dir, self.meta | {"position": resume_point})

@@ -117,13 +117,13 @@ def read_meta(data_dir):
 
 
 def default_meta(data_dir):
-    """What meta.json would say of a folder without one; UserError if it holds no shards."""
+    """A meta.json dict for a folder without that file; UserError if it holds no shards."""
     # The names decide which split a file belongs to.
     names = sorted(name for name in os.listdir(data_dir) if SHARD_NAME.search(name))
     if not names:
         raise UserError(
             f"{data_dir}: shards are named *_train_000001.npy and *_val_000000.npy (or .bin); "
-            "none here is"
+            "no file here is named like that"
         )
     shards = [{"file": name, "split": SHARD_NAME.search(name)[1]} for name in names]
     # build-nanogpt's .npy shards are of FineWeb-Edu.

@@ -220,9 +220,8 @@ def from_tokenizer_json(content, source):
     Raises UserError, which names the source, for other kinds of tokenizers.
     """
     try:
-        # Before anything else: which format is it?
         if "tokens" in content:
-            return from_former_format(content)
+            return from_old_format(content)
         model = content["model"]
         if model["type"] != "BPE" or content.get("normalizer"):
             raise ValueError("it is not a plain BPE")
@@ -282,8 +281,8 @@ def check_merges(model):
         raise ValueError("its merges are not in the order of its tokens")
 
 
-def from_former_format(content):
-    """The tiktoken.Encoding of this project's former format, which old checkpoints and shards have.
+def from_old_format(content):
+    """The tiktoken.Encoding of this project's old format, in old checkpoints and shards.
 
     "tokens" are base64 strings (null for special and unused ids) in the order of their ids.
     """

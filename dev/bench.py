@@ -114,7 +114,7 @@ def train_ours(preset="gpt2"):
     optimizers = configure_optimizers(
         model, s["weight_decay"], s["max_lr"], (s["beta1"], s["beta2"]), s["optimizer"]
     )
-    return training(model, forward, optimizers, pick_autocast(dtype, device, cache=False))
+    return training(model, forward, optimizers, pick_autocast(dtype, device, cache_weights=False))
 
 
 def train_transformers(compiled=False):

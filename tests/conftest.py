@@ -199,9 +199,9 @@ def shards(tmp_path):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(k, action): call action when the trainer asks for the data of step k."""
-    from data.loader import Mixture
+    from data.loader import MixtureLoader
 
-    batches = Mixture.batches
+    batches = MixtureLoader.batches
 
     def patch(k, action):
         def patched(self, first, sequences, *args):
@@ -209,7 +209,7 @@ def at_step(monkeypatch):
                 action()
             return batches(self, first, sequences, *args)
 
-        monkeypatch.setattr(Mixture, "batches", patched)
+        monkeypatch.setattr(MixtureLoader, "batches", patched)
 
     return patch
 

@@ -18,7 +18,7 @@ init_from = ""  # from where
 compile = "auto"  # or not
 LIMIT = 5
 names = ["not a setting"]
-given = configure(globals(), lambda given: {"B": 32, "max_lr": 0.5})
+given = configure(globals(), lambda given: {"B": 32, "max_lr": 0.5, **given})
 settings = current_settings(globals())
 '''
 

@@ -16,7 +16,7 @@ import warnings
 
 from conftest import MODERN_PARTS, command, read_jsonl, read_log
 from data.tokenizer import load_tokenizer
-from device import dynamic_shapes, peak_flops, pick_autocast
+from device import eager_mode, peak_flops, pick_autocast
 import hellaswag
 from model import GPT, GPTConfig
 import sample
@@ -103,7 +103,7 @@ def test_compiled_is_eager(parts):
 def test_attention_for_changing_shapes_is_not_cudnns():
     """cuDNN plans anew for each shape, 20 to 40 ms: too long for samples and scoring."""
     q = torch.zeros(1, 12, 37, 64, device="cuda", dtype=torch.float16)
-    with dynamic_shapes():
+    with eager_mode():
         chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True))
     assert chosen in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION), chosen
 
@@ -238,7 +238,7 @@ def step(B, T=1024, turns=8):
         if turn == 2:  # the first two compile and allocate
             torch.cuda.synchronize()
             start = time.perf_counter()
-        with pick_autocast("auto", "cuda", cache=False):
+        with pick_autocast("auto", "cuda", cache_weights=False):
             loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -344,7 +344,7 @@ def test_samples_three_times_as_fast_as_transformers():
         torch.cuda.synchronize()
         start = time.perf_counter()
         if name == "ours":
-            with dynamic_shapes(), torch.inference_mode():
+            with eager_mode(), torch.inference_mode():
                 for _ in ours.generate(idx, 128, temperature=0.8, top_k=200):
                     pass
         else:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, TEXT, read_log
-from training.checkpoint import load_checkpoint
+from weights import load_checkpoint
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_a_toy_of_each_kind(clone, tmp_path):
         clone / "train_gpt2.py",
         ("import hellaswag", "import toy"),
         (
-            "ewok_every = 250  # run EWoK, as python ewok.py does",
+            "ewok_every = 250  # run EWoK (ewok.py) every N steps; 0: never",
             "toy_every = 4  # run the toy eval",
         ),
         (
@@ -92,7 +92,7 @@ def test_a_toy_of_each_kind(clone, tmp_path):
             True,
         ),
         # An option of the architecture is a field of GPTConfig, and a setting of the same name.
-        ("n_embd = 768  # width", "toy_scale = 1.0  # a factor of the embedding"),
+        ("n_embd = 768  # width of the model", "toy_scale = 1.0  # a factor of the embedding"),
         # A reason to stop is a function.
         (
             "    stop = distributed.StopRequests()",

@@ -12,8 +12,8 @@ from conftest import TEXT, command, read_jsonl, read_log
 from model import GPT, GPTConfig, load_model
 from script import UserError, num_cpus
 from test_train import SMALL, assert_same_run
-from training.checkpoint import load_checkpoint
 from training.schedule import describe_schedule, get_lr
+from weights import load_checkpoint
 
 import numpy as np
 import pytest
@@ -144,7 +144,7 @@ def test_what_is_not_given_keeps_its_share_of_the_run(monkeypatch, args, line):
 
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--data_dir=x", *args])
     module = dict(vars(train_gpt2))
-    configurator.configure(module, train_gpt2.presets)
+    configurator.configure(module, train_gpt2.initial_settings)
     assert describe_schedule(module) == line
     rates = [get_lr(module, step) for step in range(module["max_steps"])]
     assert max(rates) == pytest.approx(module["max_lr"]) and (
@@ -402,7 +402,7 @@ def test_the_size_of_the_validation_split(tmp_path, run, size, val_tokens):
 
 def test_the_demo_says_how_much_it_uses(run, tmp_path):
     (tmp_path / "input.txt").write_text("All work and no play. " * 100_000)
-    assert "on input.txt, its first 2,000,000 bytes\n" in run(
+    assert "training data: input.txt, its first 2,000,000 bytes\n" in run(
         "train_gpt2.py", "--max_steps=1", "--eval_every=0", "--sample_every=0"
     )
 
@@ -474,9 +474,9 @@ def test_launchers_that_say_less_than_torchrun(spawn, shards, tmp_path):
         read_log(tmp_path / "log", "train"), abs=5e-5
     )
     lost = spawn("train_gpt2.py", *SMALL, environs=[bare | {"RANK": "0", "WORLD_SIZE": "2"}])
-    assert "MASTER_ADDR" in lost.stderr.splitlines()[-1] and "torchrun sets all" in lost.stderr, (
-        lost.stderr
-    )
+    assert (
+        "MASTER_ADDR" in lost.stderr.splitlines()[-1] and "start it with torchrun" in lost.stderr
+    ), lost.stderr
 
 
 def test_cores_are_those_that_may_be_used(monkeypatch):
@@ -624,7 +624,9 @@ def test_a_checkpoint_of_nanogpt(tmp_path, gpt2, capsys):
         assert enc.name == "gpt2" and "ckpt.pt: step 7" in capsys.readouterr().err
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:65]
     torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"its 65 tokens are not GPT-2's: are they meta\.pkl's\?"):
+    with pytest.raises(
+        UserError, match=r"its 65 tokens are not GPT-2's: are they characters \(meta\.pkl\)\?"
+    ):
         load_model(str(tmp_path / "ckpt.pt"))
 
 

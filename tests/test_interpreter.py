@@ -12,7 +12,7 @@ from data.shards import Shards, open_shard, read_meta; Shards("x")
 open_shard("gone.npy")
 open_shard("short.bin")
 read_meta("damaged")
-from data.loader import open_mixture, parse_mixture; open_mixture("a:1,b:2")
+from data.loader import open_sources, parse_mixture; open_sources("a:1,b:2")
 parse_mixture("a:1,b")
 from data.documents import Documents; Documents("no such folder")
 list(Documents("empty"))
@@ -33,7 +33,8 @@ GPT(GPTConfig(n_embd=10, n_head=3))
 GPT(GPTConfig(pos="rotary"))
 GPT.from_pretrained("empty")
 GPT.from_state_dict(GPTConfig(), {}, "nowhere")
-from training.checkpoint import find_checkpoint, load_checkpoint, load_resume
+from training.checkpoint import load_resume
+from weights import find_checkpoint, load_checkpoint
 find_checkpoint("x.pt", "log")
 load_checkpoint("damaged/meta.json")
 load_resume("empty", step=5)

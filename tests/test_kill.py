@@ -16,7 +16,7 @@ import time
 
 from conftest import TEXT, command, read_log
 from test_train import assert_same_run
-from training.checkpoint import load_checkpoint
+from weights import load_checkpoint
 
 import pytest
 

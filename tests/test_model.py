@@ -20,8 +20,8 @@ from model import (
 )
 from sample import stream_text
 from script import UserError
-from training.checkpoint import load_checkpoint
 from training.optimizers import configure_optimizers
+from weights import load_checkpoint
 
 import pytest
 import torch
@@ -362,7 +362,7 @@ class Evil:
         (
             "model_type",
             "gpt_neo",
-            r"config\.json says model_type=gpt_neo; known are gpt2, ",
+            r"model_type=gpt_neo in config\.json; known are gpt2, ",
         ),
         (
             "activation_function",

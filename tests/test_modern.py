@@ -6,7 +6,7 @@ import re
 import signal
 
 from conftest import MODERN_PARTS, TEXT, read_jsonl, read_log
-from data.loader import Mixture, ShardLoader, parse_mixture
+from data.loader import MixtureLoader, ShardLoader, parse_mixture
 from data.shards import Shards
 from data.tokenizer import load_tokenizer
 import export
@@ -16,8 +16,8 @@ from scoring import score_completions
 from script import UserError
 from test_train import SMALL, assert_same_run
 import train_gpt2
-from training.checkpoint import load_checkpoint
 from training.optimizers import configure_optimizers
+from weights import load_checkpoint
 
 import numpy as np
 import pytest
@@ -499,7 +499,7 @@ def sources(tmp_path):
 def mixture(tmp_path, monkeypatch, data_dir, T=32):
     monkeypatch.chdir(tmp_path)
     weights = parse_mixture(data_dir)
-    return Mixture(
+    return MixtureLoader(
         [ShardLoader(Shards(folder), T, 7) for folder in weights], list(weights.values())
     )
 

@@ -10,7 +10,7 @@ import time
 
 from conftest import ROOT
 from data import shard_writer
-from data.loader import Mixture, ShardLoader, read_windows, val_windows
+from data.loader import MixtureLoader, ShardLoader, read_windows, val_windows
 from data.shard_writer import ShardWriter
 from data.shards import Shards
 from data.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def make_loader(folder, sizes, T, seed=0):
 def test_an_epoch_holds_each_window_once(tmp_path, sizes, T):
     loader = make_loader(tmp_path / "s", sizes, T)
     windows = sum((size - 1) // T for size in sizes)
-    assert loader.per_epoch == windows
+    assert loader.windows_per_epoch == windows
     seen_offsets = set()
     for epoch in range(5):
         places = [loader.locate(epoch * windows + n) for n in range(windows)]
@@ -140,13 +140,13 @@ def test_an_epoch_holds_each_window_once(tmp_path, sizes, T):
 
 def test_order_changes_with_epoch_and_seed(tmp_path):
     loader = make_loader(tmp_path / "a", [10_000, 9_000, 8_000], 64)
-    first = [loader.locate(n)[1:] for n in range(2 * loader.per_epoch)]
+    first = [loader.locate(n)[1:] for n in range(2 * loader.windows_per_epoch)]
     again = make_loader(tmp_path / "b", [10_000, 9_000, 8_000], 64)
-    backwards = [again.locate(n)[1:] for n in reversed(range(2 * loader.per_epoch))][::-1]
+    backwards = [again.locate(n)[1:] for n in reversed(range(2 * loader.windows_per_epoch))][::-1]
     assert first == backwards, "a pure function of n"
-    assert first[: loader.per_epoch] != first[loader.per_epoch :]
+    assert first[: loader.windows_per_epoch] != first[loader.windows_per_epoch :]
     other = make_loader(tmp_path / "c", [10_000, 9_000, 8_000], 64, seed=1)
-    assert first != [other.locate(n)[1:] for n in range(2 * loader.per_epoch)]
+    assert first != [other.locate(n)[1:] for n in range(2 * loader.windows_per_epoch)]
     assert first[:3] == FIRST_THREE, "the same on every machine, and from one version to the next"
 
 
@@ -157,7 +157,7 @@ FIRST_THREE = [(0, 3904), (0, 8640), (0, 7360)]
 @pytest.mark.parametrize("B", [1, 2, 4])
 def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, world_size, B):
     loader = make_loader(tmp_path / "s", [900, 1000], 16)
-    mixture = Mixture([loader], [Fraction(1)])
+    mixture = MixtureLoader([loader], [Fraction(1)])
     tokens = [np.load(path) for path, _ in loader.shards.train]
     sequences = 16
     for step in range(20):  # two epochs and more
@@ -176,7 +176,10 @@ def test_a_step_is_the_same_for_any_number_of_processes(tmp_path, world_size, B)
 
 def test_exposure_is_what_was_read(tmp_path):
     loader = make_loader(tmp_path / "s", [300, 200], 16)
-    seen = {(r["epoch"], r["shard"]): r["tokens"] for r in loader.exposure(0, loader.per_epoch + 5)}
+    seen = {
+        (r["epoch"], r["shard"]): r["tokens"]
+        for r in loader.exposure(0, loader.windows_per_epoch + 5)
+    }
     assert seen[0, "x_train_000000.npy"] == [[0, 288]]  # all 18 windows, joined
     assert seen[0, "x_train_000001.npy"] == [[0, 192]]
     assert (
@@ -206,14 +209,18 @@ def test_waits_for_a_writer(tmp_path):
     stream = np.arange(1000) % 256
     write(tmp_path / "whole", [stream], 200)
     loader = ShardLoader(Shards(str(tmp_path / "whole")), 16, 3)
-    expected = [loader.locate(n) for n in range(loader.per_epoch)]
+    expected = [loader.locate(n) for n in range(loader.windows_per_epoch)]
 
     writer = ShardWriter(str(tmp_path / "part"), "x", ENC, 200, {})
     writer.add(stream[:400])
     writer.writing.result()
     loader = ShardLoader(Shards(str(tmp_path / "part")), 16, 3)
-    assert loader.is_available(loader.per_epoch - 1) and not loader.is_available(loader.per_epoch)
-    assert [loader.locate(n) for n in range(loader.per_epoch)] == expected[: loader.per_epoch]
+    assert loader.is_available(loader.windows_per_epoch - 1) and not loader.is_available(
+        loader.windows_per_epoch
+    )
+    assert [loader.locate(n) for n in range(loader.windows_per_epoch)] == expected[
+        : loader.windows_per_epoch
+    ]
     writer.add(stream[400:])
     writer.close()
     assert loader.is_available(len(expected)), "complete: there is a next epoch"
@@ -250,9 +257,10 @@ def test_a_small_corpus_that_died_while_its_last_shards_were_written(tmp_path, d
 def test_memory_does_not_grow_with_the_shards(tmp_path):
     """Peak memory of new processes that read all of 2 MB of shards, and all of 80 MB."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fractions import Fraction\n"
-    code += "from data.loader import Mixture, ShardLoader; from data.shards import Shards\n"
+    code += "from data.loader import MixtureLoader, ShardLoader; from data.shards import Shards\n"
     code += "loader = ShardLoader(Shards(sys.argv[1]), 1000, 0)\n"
-    code += "batches = Mixture([loader], [Fraction(1)]).batches(0, loader.per_epoch // 3 * 3, 3)\n"
+    code += "count = loader.windows_per_epoch // 3 * 3\n"
+    code += "batches = MixtureLoader([loader], [Fraction(1)]).batches(0, count, 3)\n"
     code += "assert sum(len(x) for x in batches) > 990\n"
     code += "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     peaks = []
@@ -279,7 +287,7 @@ def test_plain_build_nanogpt_folder(tmp_path, gpt2):
     shards = Shards(str(tmp_path))
     assert shards.enc.name == "gpt2" and shards.complete
     assert [size for _, size in shards.train] == [100] and [size for _, size in shards.val] == [100]
-    (batch,) = Mixture([ShardLoader(shards, 99, 0)], [Fraction(1)]).batches(0, 1, 1)
+    (batch,) = MixtureLoader([ShardLoader(shards, 99, 0)], [Fraction(1)]).batches(0, 1, 1)
     assert batch.tolist() == [list(range(50_157, 50_257))]
 
 
@@ -343,7 +351,7 @@ def test_a_token_outside_the_vocabulary(tmp_path):
         UserError,
         match=r"x_train_000001\.npy: token 300 at \d+ is outside the vocabulary of bytes",
     ):
-        list(Mixture([loader], [Fraction(1)]).batches(0, 1, 1))
+        list(MixtureLoader([loader], [Fraction(1)]).batches(0, 1, 1))
 
 
 def test_shards_too_short_for_the_context(tmp_path):

@@ -17,7 +17,7 @@ import types
 
 from conftest import command, read_log
 from data.shards import Shards, open_shard
-from fineweb import list_token_shards
+from data.token_shards import list_token_shards
 
 import numpy as np
 import pytest

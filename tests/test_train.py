@@ -12,7 +12,7 @@ import sys
 import time
 
 from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
-from data.loader import Mixture, ShardLoader
+from data.loader import MixtureLoader, ShardLoader
 from data.shards import Shards
 from data.tokenizer import load_tokenizer
 import device
@@ -20,9 +20,9 @@ import fineweb
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_model
 from training import evals
-from training.checkpoint import load_checkpoint
 from training.micro_batch import fit_memory
 from training.optimizers import AdamW
+from weights import load_checkpoint
 
 import numpy as np
 from PIL import Image
@@ -155,7 +155,7 @@ def test_steps_equal_a_plain_loop(run, shards, tmp_path):
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
         betas=(0.9, 0.95), eps=1e-8, foreach=False,
     )  # fmt: skip
-    loader = Mixture([ShardLoader(Shards("shards"), 32, 1337)], [1])
+    loader = MixtureLoader([ShardLoader(Shards("shards"), 32, 1337)], [1])
     expected = {}
     for step in range(8):
         lr = (
@@ -708,7 +708,7 @@ def cut(path):
         ),
         (
             lambda log: torch.save({"step": 8}, log / "resume.pt"),
-            r"log/resume\.pt: not this trainer's, it has no compute_dtype, d",
+            r"log/resume\.pt: not written by this trainer: it has no compute_dtype, d",
         ),
         (
             lambda log: torch.save(Malice(), log / "resume.pt"),
@@ -751,8 +751,8 @@ def test_what_a_resumed_run_may_change(run, shards, tmp_path, monkeypatch, at_st
     with pytest.raises(SystemExit) as e:
         run(edited, "--resume")
     assert e.value.code == (
-        "train_gpt2.py has other defaults now: weight_decay=0.3; "
-        "choose them, or what the run has: --weight_decay=0.1"
+        "the defaults in train_gpt2.py have changed: pass --weight_decay=0.3, "
+        "or --weight_decay=0.1 to keep the run's"
     )
     with pytest.raises(
         SystemExit, match=r"--preset=gpt2: the run to resume has tiny; leave it out"

@@ -1,15 +1,11 @@
-"""Checkpoints: finding, reading and writing .pt files, and what a resumed run may change.
+"""The training state: what resume.pt holds, how it is written, and what a resumed run may change.
 
-model_00250.pt is {"model", "config", "step", "val_loss", "settings", "tokenizer"}: a model after
-250 updates. resume.pt has what only training needs: the fields of a Run, the states of
-"optimizers", "scaler" and "rng", and the validation losses of "checkpoints". All of it is plain
-tensors, numbers, strings, lists and dicts, so that loading a file never runs code.
+resume.pt has what only training needs: the fields of a Run, the states of "optimizers" and
+"scaler", and the validation losses of "checkpoints". weights.py has the model files next to it.
 """
 
 import dataclasses
 import os
-import pickle
-import re
 import shlex
 import shutil
 
@@ -17,21 +13,11 @@ from files import atomic_write
 from script import UserError, env_int, print0
 from training.distributed import all_true, broadcast_int
 from training.schedule import extend_run
+from weights import checkpoint_steps, load_checkpoint, model_path, resume_path
 
 import torch
-from torch.nn import functional as F
 
-# Settings and fields that old files have under another name, and values likewise.
-RENAMED_KEYS = {
-    "tied": "tie_embeddings",
-    "save_minutes": "save_every_minutes",
-    "precision": "compute_dtype",
-    "exposed": "exposed_tokens",
-    "lengthened": "extended",
-    "neuron_squares": "second_momentum_buffer",
-}
-RENAMED_VALUES = {"weightless": "rmsnorm_noaffine"}
-NOT_OF_THE_RUN = ("log_dir", "resume", "resume_step")  # settings of a command rather than a run
+COMMAND_SETTINGS = ("log_dir", "resume", "resume_step")  # they belong to a command, not to a run
 
 
 @dataclasses.dataclass
@@ -51,138 +37,18 @@ class Run:
     evaluated_step: int | None = None  # the last step whose evaluations are all done
     exposed_tokens: int = 0  # tokens that exposure.jsonl accounts for
     bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
-    extended: list | None = None  # [step, learning rate] where max_steps was raised
+    rewarm_from: list | None = None  # [step, learning rate] where max_steps was raised
     wandb_id: str = ""  # the run's id at Weights & Biases
 
 
 def run_settings(settings):
     """The settings that belong to a run, wherever it is resumed."""
-    return {key: value for key, value in settings.items() if key not in NOT_OF_THE_RUN}
-
-
-# -- finding and reading .pt files --------------------------------------------------
-def model_path(log_dir, step):
-    """The path of the model after `step` updates."""
-    return f"{log_dir}/model_{step:05d}.pt"
-
-
-def resume_path(log_dir, step=-1):
-    """The path of the latest training state, or of that of an earlier step."""
-    name = "resume.pt" if step < 0 else f"resume_{step:05d}.pt"
-    return f"{log_dir}/{name}"
-
-
-def checkpoint_steps(log_dir, kind="model"):
-    """The steps of log_dir/model_*.pt, or of resume_*.pt, sorted."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    matches = [re.fullmatch(rf"{kind}_(\d+)\.pt", name) for name in names]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def last_good(log_dir):
-    """The end of an error message: which checkpoint there is to go back to."""
-    steps = checkpoint_steps(log_dir)
-    if not steps:
-        return "there is no checkpoint"
-    return f"the last good checkpoint is {model_path(log_dir, steps[-1])}"
-
-
-def find_checkpoint(ckpt, log_dir):
-    """The path of a .pt file, or of the "latest" or "best" (by validation loss) in log_dir."""
-    if ckpt not in ("latest", "best"):
-        if not os.path.isfile(ckpt):
-            raise UserError(
-                f"{ckpt}: no such checkpoint; use latest, best, gpt2 ... gpt2-xl, a .pt file or a "
-                "Hugging Face folder"
-            )
-        return ckpt
-    # The highest step is the latest, whatever the files' dates.
-    paths = [model_path(log_dir, step) for step in checkpoint_steps(log_dir)]
-    if not paths:
-        raise UserError(
-            f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= or --init_from= "
-            "names another"
-        )
-    if ckpt == "latest":
-        return paths[-1]
-    # The best by validation loss, among those where it was measured.
-    losses = {}
-    for path in paths:
-        loss = load_checkpoint(path, mmap=True).get("val_loss")
-        if loss is not None and loss == loss:  # not nan
-            losses[path] = loss
-    if not losses:
-        raise UserError(f"no checkpoint in {log_dir}/ has a validation loss")
-    return min(losses, key=losses.get)
-
-
-class NanoGPTConfigStub:
-    """Stands in for __main__.GPTConfig of build-nanogpt's checkpoints; only its values are used."""
-
-
-def load_checkpoint(path, mmap=False):
-    """The dict in a .pt file, on the CPU. Raises UserError if it is damaged or holds code."""
-    try:
-        with torch.serialization.safe_globals([(NanoGPTConfigStub, "__main__.GPTConfig")]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, it holds something other than tensors and plain values")
-    except Exception as e:  # torch.load raises many types of exceptions on corrupt files
-        reason = str(e).partition("\n")[0].partition(". ")[0] or type(e).__name__
-        hint = ""
-        if "resume" in os.path.basename(path):
-            hint = "; --resume_step= goes back to an earlier one"
-        raise UserError(f"{path}: not a complete checkpoint file ({reason}){hint}")
-    return rename(saved)
-
-
-def rename(value):
-    """The content of a .pt file with today's names."""
-    if isinstance(value, dict):
-        return {RENAMED_KEYS.get(key, key): rename(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [rename(x) for x in value]
-    if isinstance(value, str):
-        return RENAMED_VALUES.get(value, value)
-    return value
-
-
-def read_checkpoint(path):
-    """(config, state dict, tokenizer, step) of a .pt file: ours, nanoGPT's or build-nanogpt's.
-
-    nanoGPT computes GELU exactly, we by tanh: its losses differ in the fourth digit here.
-    """
-    # Ours says which tokenizer it has; nanoGPT's and build-nanogpt's do not.
-    saved = load_checkpoint(path)
-    try:
-        if "tokenizer" in saved:
-            return saved["config"], saved["model"], saved["tokenizer"], saved.get("step", 0)
-        args = saved["model_args"] if "model_args" in saved else vars(saved["config"])
-        config = {"vocab_size": 50257, "bias": args.get("bias", True)}
-        for key in ("block_size", "n_layer", "n_head", "n_embd"):
-            config[key] = args[key]
-        state = {}
-        for name, tensor in saved["model"].items():
-            if not name.endswith(".attn.bias"):  # a causal mask
-                state[name.removeprefix("_orig_mod.")] = tensor
-        wte = state["transformer.wte.weight"]
-        step = saved.get("iter_num", saved.get("step"))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path}: not a checkpoint of this project's GPT-2, of nanoGPT or build-nanogpt ({e})"
-        )
-    if len(wte) not in (50257, 50304):
-        raise UserError(f"{path}: its {len(wte)} tokens are not GPT-2's: are they meta.pkl's?")
-    # nanoGPT saves 50,304 or 50,257 rows: pad them to 50,304, as model.py does.
-    wte = F.pad(wte, (0, 0, 0, 50304 - len(wte)))
-    state["transformer.wte.weight"] = wte
-    state["lm_head.weight"] = wte
-    return config, state, "gpt2", step
+    return {key: value for key, value in settings.items() if key not in COMMAND_SETTINGS}
 
 
 # -- writing ------------------------------------------------------------------------
 def import_state_dict():
-    """torch.distributed.checkpoint.state_dict, when needed: importing it takes a second."""
+    """Import torch.distributed.checkpoint.state_dict lazily, since that takes a second."""
     from torch.distributed.checkpoint import state_dict
 
     return state_dict
@@ -193,7 +59,6 @@ def full_state_dicts(model, optimizers):
 
     Complete with DDP, FSDP and Muon's work split over ranks. All ranks call it.
     """
-    # full_state_dict gathers shards on rank 0; elsewhere the dicts are empty.
     dcp = import_state_dict()
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     states = []
@@ -242,6 +107,7 @@ def load_resume(log_dir, step=-1, mmap=False):
     Raises UserError if it is damaged or its model is missing.
     """
     # Other checkpoints that could be resumed, for the messages.
+    # For messages: the earlier steps to which the run could go back.
     path = resume_path(log_dir, step)
     others = ""
     steps = [
@@ -255,13 +121,16 @@ def load_resume(log_dir, step=-1, mmap=False):
         return None
     # Whatever a Run needs and has no default for must be there.
     saved = load_checkpoint(path, mmap)
-    required = {"optimizers", "scaler", "rng"}
+    required = {"optimizers", "scaler"}
     for field in dataclasses.fields(Run):
         if field.default is dataclasses.MISSING:
             required.add(field.name)
     missing = required - saved.keys()
     if missing:
-        raise UserError(f"{path}: not this trainer's, it has no {', '.join(sorted(missing))}")
+        raise UserError(
+            f"{path}: not written by this trainer: it has no {', '.join(sorted(missing))}"
+        )
+    # The model is written before resume.pt, so it can only be missing if someone deleted it.
     model = model_path(log_dir, saved["step"])
     if not os.path.exists(model):
         raise UserError(f"{path}: belongs to {model}, which is missing{others}")
@@ -270,7 +139,6 @@ def load_resume(log_dir, step=-1, mmap=False):
 
 def describe_changes(saved, overrides):
     """What the command line changes in a resumed run: " with B=8 instead of 4", or ""."""
-    # For example "B=8 instead of 4".
     changes = []
     for key, old in run_settings(saved["settings"]).items():
         if overrides.get(key, old) != old:
@@ -289,20 +157,17 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
     Raises UserError if the run has read other shards, if it has computed in another dtype and the
     command line (overrides) does not choose one, or if ranks have found different files.
     """
-    fields = {
-        "settings": settings,
-        "defaults": defaults,
-        "data": loader.fingerprint(),
-        "compute_dtype": compute_dtype,
-    }
-    # A new run, or the saved one with today's settings and data.
-    if not saved:
-        run = Run(step=0, tokens=0, **fields)
-    else:
-        for field in dataclasses.fields(Run):
-            if field.name in saved:
-                fields.setdefault(field.name, saved[field.name])
-        run = Run(**fields)
+    # The saved values, if there are any, with today's settings and data.
+    values = {"step": 0, "tokens": 0}
+    if saved:
+        names = {field.name for field in dataclasses.fields(Run)}
+        values = {key: value for key, value in saved.items() if key in names}
+    values["settings"] = settings
+    values["defaults"] = defaults
+    values["data"] = loader.fingerprint()
+    values["compute_dtype"] = compute_dtype
+    run = Run(**values)
+    if saved:
         # If T has changed, continue at the next full sequence.
         run.tokens = -(-run.tokens // loader.T) * loader.T
         run.exposed_tokens = -(-run.exposed_tokens // loader.T) * loader.T
@@ -316,6 +181,7 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
             )
         extend_run(run, run.settings | saved["settings"])
         print0(f"resuming {log_dir} at step {run.step}{describe_changes(saved, overrides)}")
+    # On several machines, each must see the same log folder.
     if not all_true(run.step == broadcast_int(run.step)):
         rank = env_int("RANK", 0)
         raise UserError(f"{log_dir}: is at step {run.step} on rank {rank}, but not on all ranks")
@@ -324,32 +190,31 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
 
 def verify_same_data(log_dir, saved_data, loader, num_sequences):
     """Raise UserError if the shards that the run has read, num_sequences of them, have changed."""
-    # Old runs stored lists instead of dicts.
-    keys = ("weight", "shards", "dataset")
-    saved_data = [
-        s if isinstance(s, dict) else dict(zip(keys, s, strict=False)) for s in saved_data
-    ]
     found_data = loader.fingerprint()
-    needed = f"the run in {log_dir} needs those that it has read"
-    if [s["weight"] for s in saved_data] != [s["weight"] for s in found_data]:
+    if [x["weight"] for x in saved_data] != [x["weight"] for x in found_data]:
         raise UserError(f"--data_dir: the run in {log_dir} has another mixture; leave it out")
-    # Each source must still start with the shards that the run has read. New ones may follow as
-    # long as the run is in its first epoch: later epochs shuffle all shards.
     counts = loader.counts_before(num_sequences)
-    for saved, found, source, count in zip(
-        saved_data, found_data, loader.loaders, counts, strict=True
-    ):
-        folder = source.shards.data_dir
+    sources = zip(saved_data, found_data, loader.loaders, counts, strict=True)
+    for saved, found, shard_loader, num_read in sources:
+        folder = shard_loader.shards.data_dir
         if saved.get("dataset", found["dataset"]) != found["dataset"]:
-            raise UserError(f"{folder}: holds {found['dataset']}, not {saved['dataset']}: {needed}")
+            raise UserError(
+                f"{folder}: holds {found['dataset']}, not {saved['dataset']}: "
+                f"the run in {log_dir} needs those that it has read"
+            )
+        # Each source must still start with the same shards. A former run has no checksums.
         old = saved["shards"]
         new = found["shards"]
-        # Checksums are compared as far as the run has them.
-        same = [a == b[: len(a)] for a, b in zip(old, new, strict=False)]
-        if len(new) < len(old) or not all(same):
-            raise UserError(f"{folder}: not the same shards: {needed}")
-        old_per_epoch = sum(max(0, size - 1) // loader.T for _, size, *_ in old)
-        if len(new) > len(old) and count > old_per_epoch:
+        is_same = len(new) >= len(old)
+        for old_shard, new_shard in zip(old, new, strict=False):
+            is_same = is_same and new_shard[: len(old_shard)] == old_shard
+        if not is_same:
+            raise UserError(
+                f"{folder}: not the same shards: the run in {log_dir} needs those that it has read"
+            )
+        # New shards may follow in the first epoch only: later ones shuffle all shards.
+        old_windows = sum(max(0, size - 1) // loader.T for _, size, *_ in old)
+        if len(new) > len(old) and num_read > old_windows:
             raise UserError(
                 f"{folder}: shards were added, which changes the order of all epochs after the "
                 "first: take them out, or start a new run with --init_from=latest"
@@ -357,41 +222,39 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
 
 
 def restore(log_dir, model, optimizers, scaler, saved):
-    """Load the states of optimizers, GradScaler and random numbers from resume.pt's dict.
+    """Load the states of the optimizers and the GradScaler from resume.pt's dict.
 
     The options of the optimizers' groups stay as they are. Raises UserError if the states belong to
     another model.
     """
-    # Optimizer states are stored by the names of parameters.
-    names = {p: name for name, p in model.named_parameters()}
+    # The states of a model of another size have the same names.
+    config = dataclasses.asdict(model.config)
+    same_model = all(saved["settings"].get(key, value) == value for key, value in config.items())
     try:
+        if not same_model:
+            raise ValueError("another model")
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             if state["state"]:
-                restore_optimizer(model, names, optimizer, state)
+                restore_optimizer(model, optimizer, state)
     except (ValueError, KeyError, RuntimeError, AttributeError):
         raise UserError(
             f"{log_dir}/resume.pt: does not belong to the model next to it; both are needed"
         )
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(saved["rng"])
 
 
-def restore_optimizer(model, names, optimizer, state):
-    """Load an optimizer's full state dict; ValueError or KeyError if it is another model's."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if 0 in state["state"]:  # old files number the parameters
+def restore_optimizer(model, optimizer, state):
+    """Load an optimizer's full state dict, in which parameters have their names as keys."""
+    names = {p: name for name, p in model.named_parameters()}
+    if 0 in state["state"]:  # a former resume.pt, which numbers the parameters instead
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         by_name = {names[p]: state["state"][i] for i, p in enumerate(params)}
         named_groups = []
         for group in optimizer.param_groups:
             named_groups.append({**group, "params": [names[p] for p in group["params"]]})
         state = {"state": by_name, "param_groups": named_groups}
-    # torch copies tensors without looking at their shapes.
-    for p in params:
-        for tensor in state["state"][names[p]].values():
-            if tensor.dim() == p.dim() and tensor.shape != p.shape:
-                raise ValueError(names[p])
-    # Loading would also replace the options of the groups, such as the weight decay: keep today's.
+    # Loading also replaces the options of the groups, such as the weight decay: keep today's.
     groups = [dict(group) for group in optimizer.param_groups]
     dcp = import_state_dict()
     options = dcp.StateDictOptions(full_state_dict=True)
@@ -403,6 +266,7 @@ def restore_optimizer(model, names, optimizer, state):
 
 def resume_command(log_dir):
     """The command that resumes this run."""
+    # As the user started it: one process, all on this machine, or on several.
     script = "train_gpt2.py --resume"
     if log_dir != "log":
         script += f" --log_dir={shlex.quote(log_dir)}"

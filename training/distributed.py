@@ -31,13 +31,14 @@ import torch.distributed as dist
 def init_distributed(device):
     """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs.
 
-    Returns (rank, world_size, device), the last one as pick_device names it. A process that was not
-    started by torchrun is rank 0 of 1.
+    Returns (rank, world_size, device); device is a name as pick_device returns it. A process that
+    was not started by torchrun is rank 0 of 1.
     """
     # torchrun says in the environment which process this is.
     rank = env_int("RANK", 0)
     local_rank = env_int("LOCAL_RANK", 0)
     world_size = env_int("WORLD_SIZE", 0)
+    # Each process gets the GPU with its local rank.
     if world_size > 1 and device in ("auto", "cuda"):
         num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus and (num_gpus or device == "cuda"):
@@ -45,7 +46,6 @@ def init_distributed(device):
                 f"more processes than GPUs: use --nproc_per_node={num_gpus}, or --device=cpu"
             )
         device = f"cuda:{local_rank}" if num_gpus else "cpu"
-    # One GPU per process, or the CPU for all.
     device = pick_device(device)
     if device == "cpu":
         tune_malloc()
@@ -82,10 +82,12 @@ def cleanup_distributed():
 
     All ranks leave together, since gloo aborts a process whose peer is gone. torch 2.13 keeps
     references to the group (torch.distributed.nn.functional and FSDP's mesh do), so gloo's threads
-    live on, and one that asks for the GIL during interpreter shutdown aborts the process: os._exit.
+    live on, and one that asks for the GIL during interpreter shutdown aborts the process. That is
+    why this calls os._exit.
     """
     barrier()
     if dist.is_initialized():
+        # Nothing runs after os._exit, so the output must be flushed before.
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -98,7 +100,8 @@ def explain_distributed_error(error):
     first_line = message.partition("\n")[0]
     if "env:// rendezvous" in first_line:
         reason = first_line.partition("rendezvous: ")[2]
-        return f"{reason}: torchrun sets all that is needed"
+        return f"{reason}: start it with torchrun, which sets what is needed"
+    # A peer that died shows as an error of the collective that waited for it.
     is_gloo = isinstance(error, RuntimeError) and "gloo" in message
     if isinstance(error, dist.DistError) or is_gloo:
         return f"process {os.environ.get('RANK')} lost the others: {first_line}"
@@ -146,6 +149,7 @@ def local_main_process_first(function):
 def sum_over_ranks(tensor):
     """The sum of a tensor over all ranks, on the CPU. All ranks call it."""
     if dist.is_initialized():
+        # NCCL only reduces tensors on GPUs, gloo only those on CPUs.
         tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(tensor)
     return tensor.cpu()
@@ -166,6 +170,7 @@ def all_finite(tensors):
     # Every rank looks at its own shards.
     flag = True
     for t in tensors:
+        # Each rank checks its own shard.
         local = t.to_local() if is_dtensor(t) else t
         flag = flag and bool(local.isfinite().all())
     return all_true(flag)
@@ -243,7 +248,7 @@ def wait_for_data(loader, n, stop, timeout_minutes):
 
 
 # -- FSDP ---------------------------------------------------------------------------
-def apply_fsdp(model, dtype, compiled):
+def apply_fsdp(model, dtype, compile_blocks):
     """Shard a GPT over the processes, block by block; its blocks then compute in dtype."""
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -255,8 +260,9 @@ def apply_fsdp(model, dtype, compiled):
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # A block at a time: its weights are gathered before it runs and freed after it.
     for block in model.transformer.h:
-        if compiled:
+        if compile_blocks:
             block.compile()
         fully_shard(block, mp_policy=policy)
     fully_shard(model)
@@ -290,7 +296,7 @@ def is_dtensor(tensor):
 
 
 def shard_like(p, tensor):
-    """Shard a full tensor in the way that the parameter p is; unchanged if p is not sharded."""
+    """Shard a full tensor like the parameter p; unchanged if p is not sharded."""
     if not is_dtensor(p):
         return tensor
     from torch.distributed.tensor import distribute_tensor

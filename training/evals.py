@@ -1,4 +1,4 @@
-"""What a run measures as it goes: validation loss, evals, samples, tokens read.
+"""Periodic measurements during a run: validation loss, evals, samples, tokens read.
 
 train_gpt2.py decides when, and all ranks call these functions. validate, run_eval, write_sample and
 write_exposure print and log their result.
@@ -20,9 +20,9 @@ import math
 import statistics
 import time
 
-from data.loader import open_mixture, read_windows, val_windows
+from data.loader import open_sources, read_windows, val_windows
 from data.tokenizer import encode, token_byte_lengths
-from device import dynamic_shapes
+from device import eager_mode
 from model import GPT, load_model
 from script import UserError, is_rank_0, print0
 from training.distributed import (
@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class EvalContext:
-    """What every evaluation of a run needs."""
+class TaskContext:
+    """What every periodic task of a run needs."""
 
     model: GPT
     enc: tiktoken.Encoding
@@ -54,7 +54,7 @@ class EvalContext:
 class Validation:
     """What the validation loss is measured on: max_tokens validation tokens of each source."""
 
-    mixture: dict  # {Shards: weight}
+    sources: dict  # {Shards: weight}
     B: int
     T: int
     max_tokens: int
@@ -62,7 +62,7 @@ class Validation:
 
 # -- validation loss ----------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
+def validation_loss(model, shards, B, T, max_tokens, rank=0, world_size=1):
     """Validation loss over the first max_tokens validation tokens, batches split over ranks.
 
     Returns {"loss", "accuracy", "bpb", "tokens", "perplexity"}: nats per token, next-token
@@ -77,6 +77,7 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
     starts = range(rank * B, len(windows), world_size * B)
     for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
         x, y = read_windows(shards, windows[i : i + B], B, T)
+        # The last window of a shard is padded with targets of -1.
         targets = y[y >= 0]
         x = torch.from_numpy(x).to(device)
         y = torch.from_numpy(y).to(device)
@@ -88,6 +89,7 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
     # Sums over ranks, then means.
     nats, correct, tokens, num_bytes = sum_over_ranks(sums).tolist()
     loss = nats / tokens
+    # The exponential of a diverged loss would overflow.
     return {
         "loss": loss,
         "accuracy": correct / tokens,
@@ -97,21 +99,21 @@ def evaluate(model, shards, B, T, max_tokens, rank=0, world_size=1):
     }
 
 
-def evaluate_mixture(model, validation, rank=0, world_size=1):
-    """evaluate() on each source of a Validation.
+def mean_validation_loss(model, validation, rank=0, world_size=1):
+    """validation_loss() of a Validation.
 
-    With several, returns the weighted means, and "sources": {folder: loss}.
+    With several sources, returns the weighted means, and "sources": {folder: loss}.
     """
     v = validation
     results = {}
-    for shards in v.mixture:
-        result = evaluate(model, shards, v.B, v.T, v.max_tokens, rank, world_size)
+    for shards in v.sources:
+        result = validation_loss(model, shards, v.B, v.T, v.max_tokens, rank, world_size)
         results[shards.data_dir] = result
     # One folder: its result. Several: the mean by weight, and each folder's loss.
     if len(results) == 1:
         return result
     means = {"loss": 0.0, "accuracy": 0.0, "bpb": 0.0, "tokens": 0}
-    for shards, weight in v.mixture.items():
+    for shards, weight in v.sources.items():
         result = results[shards.data_dir]
         for key in ("loss", "accuracy", "bpb"):
             means[key] += float(weight) * result[key]
@@ -121,64 +123,66 @@ def evaluate_mixture(model, validation, rank=0, world_size=1):
     return means
 
 
-def validation_sources(mixture, val_dir, max_tokens):
-    """{Shards: weight} to measure the validation loss on: of val_dir, or else of the mixture.
+def validation_sources(train_sources, val_dir, max_tokens):
+    """{Shards: weight} to measure the validation loss on: of val_dir, or else of train_sources.
 
     Warns about sources without validation tokens, and leaves them out.
     """
     # The validation shards must have the tokenizer of the training shards.
-    candidates = open_mixture(val_dir) if val_dir else mixture
-    train = next(iter(mixture))
-    next(iter(candidates)).check_tokenizer(train.data_dir, train.enc)
+    candidates = open_sources(val_dir) if val_dir else train_sources
+    # The model has the tokenizer of the training shards: the others must have it too.
+    first, *_ = train_sources
+    next(iter(candidates)).check_tokenizer(first.data_dir, first.enc)
     sources = {}
     for shards, weight in candidates.items():
         if max_tokens > 1 and any(size > 1 for _, size in shards.val):
             sources[shards] = weight
     for shards in candidates:
         if shards not in sources:
-            rest = "there is no validation loss"
+            consequence = "there is no validation loss"
             if sources:
-                rest = "the validation loss is that of the others"
-            hint = "fineweb.py --val_tokens=, or --val_dir="
-            print0(f"{shards.data_dir} has no validation tokens: {rest} ({hint})")
+                consequence = "the validation loss is that of the others"
+            print0(
+                f"{shards.data_dir} has no validation tokens: {consequence} "
+                "(fineweb.py --val_tokens=, or --val_dir=)"
+            )
     total = sum(sources.values())
     return {shards: weight / total for shards, weight in sources.items()}
 
 
 def validate(context, validation, run, log):
     with context.autocast:
-        result = evaluate_mixture(context.model, validation, context.rank, context.world_size)
-    # One line on the terminal, one record in the logs.
+        result = mean_validation_loss(context.model, validation, context.rank, context.world_size)
     line = f"step {run.step:5d} | val loss {result['loss']:.4f}"
     line += f" | accuracy {result['accuracy']:.2%} | {result['bpb']:.4f} bits per byte"
     for folder, loss in result.get("sources", {}).items():
         line += f" | {folder} {loss:.4f}"
     print0(line)
-    log.log_metric(run.step, "val", result["loss"], **result)
+    log.log_metric(run.step, "val", result["loss"], result)
     return result
 
 
 def print_validation(ckpt, log_dir, device, validation, autocast, rank, world_size):
     """Print the validation loss of a checkpoint."""
-    if not validation.mixture:
+    if not validation.sources:
         raise UserError("there is nothing to measure the loss on")
     model, enc = load_model(ckpt, device, log_dir)
-    next(iter(validation.mixture)).check_tokenizer(ckpt, enc)
-    # The model's own context, if that is shorter.
-    context = min(validation.T, model.config.block_size)
-    validation = dataclasses.replace(validation, T=context)
+    next(iter(validation.sources)).check_tokenizer(ckpt, enc)
+    T = min(validation.T, model.config.block_size)
+    validation = dataclasses.replace(validation, T=T)
     with autocast:
-        result = evaluate_mixture(model, validation, rank, world_size)
-    folders = " and ".join(shards.data_dir for shards in validation.mixture)
-    print0(f"{ckpt} on {folders}, context {context}:")
-    result |= result.pop("sources", {})
+        result = mean_validation_loss(model, validation, rank, world_size)
+    folders = " and ".join(shards.data_dir for shards in validation.sources)
+    print0(f"{ckpt} on {folders}, context {T}:")
+    for folder, loss in result.pop("sources", {}).items():
+        result[folder] = loss
     numbers = [f"{key} {value:,.4f}".removesuffix(".0000") for key, value in result.items()]
     print0(" | ".join(numbers))
 
 
 # -- evals --------------------------------------------------------------------------
 def load_eval_items(script, limit):
-    """The items of an eval; None, with a warning, if a rank cannot load them: the run continues."""
+    """The items of an eval. Returns None, with a warning, if any rank cannot load them."""
     # The first process of a machine downloads the items; all must have them.
     items = None
     reason = "another process has no items"
@@ -194,16 +198,17 @@ def load_eval_items(script, limit):
 
 def run_eval(context, script, items, log_items, run, log):
     """Run an eval (the module of its script); log_items: log each item's numbers too."""
-    ranks = {"rank": context.rank, "world_size": context.world_size}
-    with context.autocast, dynamic_shapes():
-        result = script.evaluate(context.model, context.enc, items, **ranks)
+    with context.autocast, eager_mode():
+        result = script.evaluate(
+            context.model, context.enc, items, rank=context.rank, world_size=context.world_size
+        )
     print0(f"step {run.step:5d} | {script.summary(result)}")
-    # Results per item are many: they go to a file of their own, if at all.
+    # Per-item results go to their own file, and only if asked for.
     item_results = result.pop("items", [])
-    log.log_metric(run.step, script.KIND, result[script.MAIN_METRIC], **result)
+    log.log_metric(run.step, script.KIND, result[script.MAIN_METRIC], result)
     if log_items:
         for item in item_results:
-            log.log_event(run.step, f"{script.KIND}_item", **item)
+            log.log_event(run.step, f"{script.KIND}_item", item)
     return result
 
 
@@ -211,16 +216,17 @@ def write_sample(context, prompt, max_new_tokens, seed, run, log):
     """Print and log a sample of the model."""
     if not is_rank_0():
         return
+    # Fresh weights would only make noise.
     if run.step == 0 and not run.settings["init_from"]:
         return  # fresh weights only make noise
-    # The sample starts like one of sample.py, with the same seed each time.
+    # The same prompt and the same seed each time, so that samples can be compared.
     enc = context.enc
     device = context.model.lm_head.weight.device
     ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
     idx = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     new_ids = []
-    with context.autocast, dynamic_shapes():
+    with context.autocast, eager_mode():
         for token in context.model.generate(
             idx, max_new_tokens, vocab_size=enc.n_vocab, top_k=50, generator=generator
         ):
@@ -228,7 +234,7 @@ def write_sample(context, prompt, max_new_tokens, seed, run, log):
                 break
             new_ids.append(token.item())
     text = prompt + enc.decode(new_ids)
-    log.log_event(run.step, "sample", text=text)
+    log.log_event(run.step, "sample", {"text": text})
     print(f"step {run.step:5d} | sample:\n{text}\n")
 
 
@@ -237,7 +243,7 @@ def write_exposure(loader, run, log):
     if is_rank_0():
         first = run.exposed_tokens // loader.T
         for ranges in loader.exposure(first, run.tokens // loader.T):
-            log.log_event(run.step, "exposure", **ranges)
+            log.log_event(run.step, "exposure", ranges)
 
 
 # -- what is due when ---------------------------------------------------------------
@@ -247,15 +253,15 @@ def is_due(every, run):
 
 
 def periodic_tasks(s, eval_scripts, context, validation, loader):
-    """{kind: (every N steps, function of (run, log))}: what a run does now and then.
+    """{kind: (every N steps, function of (run, log))}: the periodic tasks of a run.
 
     s: its settings. The tasks are run in this order. To add an eval, see the top of this file.
     """
-    # Validation first, since it is the one that matters most.
     tasks = {}
-    if validation.mixture:
+    if validation.sources:
         tasks["val"] = (s["eval_every"], partial(validate, context, validation))
     for script in eval_scripts:
+        # The settings of an eval have its script's name in theirs.
         every = s[f"{script.__name__}_every"]
         limit = s.get(f"{script.__name__}_limit", 0)
         log_items = s.get(f"{script.__name__}_items", False)
@@ -276,14 +282,13 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
     Returns (validation loss or None, whether a process has been asked to stop). If that skips a
     task, all of them are repeated when the run is resumed.
     """
-    # The order of the tasks is kept.
+    # What is due at this step?
     due = {kind: task for kind, (every, task) in tasks.items() if is_due(every, run)}
     if not due:
         return None, False
-    # With FSDP, rank 0 generates text alone: it needs the whole model.
     results = {}
     interrupted = False
-    unshard(context.model)
+    unshard(context.model)  # with FSDP, rank 0 generates text alone and needs the whole model
     for kind, task in due.items():
         start = time.monotonic()
         results[kind] = task(run, log)
@@ -300,27 +305,26 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
     return val_loss, interrupted
 
 
-def times_until(last_step, step, every):
-    """How often something is due after `step`: at multiples of `every`, and at last_step."""
+def times_until(max_steps, step, every):
+    """How many times a task is due after `step`: at multiples of `every`, and at max_steps."""
     if every <= 0:
         return 0
-    at_end = 1 if last_step % every else 0
-    return last_step // every - step // every + at_end
+    at_end = 1 if max_steps % every else 0
+    return max_steps // every - step // every + at_end
 
 
-def estimate_eta(step, last_step, every, seconds):
-    """Seconds from the update of `step` to the end at last_step; None before any update is timed.
+def estimate_eta(step, max_steps, intervals, recent_times):
+    """Seconds from the update of `step` to max_steps; None before any update is timed.
 
-    seconds: {"train" or a task: how long it took the last times}; every: {task: steps}.
+    recent_times: {"train" or a task: its last durations}; intervals: {task: every N steps}.
     """
-    if not seconds.get("train"):
+    if not recent_times.get("train"):
         return None
-    # How often each kind of work is still to be done, times its usual duration.
     total = 0.0
-    for kind, times in seconds.items():
+    for kind, times in recent_times.items():
         if kind == "train":
-            count = last_step - step - 1
+            count = max_steps - step - 1
         else:
-            count = times_until(last_step, step, every[kind])
+            count = times_until(max_steps, step, intervals[kind])
         total += count * statistics.median_low(times)
     return min(total, 1e10)  # what datetime.timedelta can hold

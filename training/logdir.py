@@ -5,7 +5,7 @@ metrics.jsonl     one object per record, with everything else
 exposure.jsonl    which tokens the model has seen, with --exposure_every
 ewok_items.jsonl  the scores of each EWoK item, with --ewok_items
 model_00250.pt    the model after 250 updates
-resume.pt         what else the run needs to resume from there, see checkpoint.py
+resume.pt         the rest of the training state, to resume from it, see checkpoint.py
 resume_00250.pt   the same for an earlier checkpoint (of --save_every), to go back to
 
 All .pt files are complete or absent, and the model is written first: at any moment resume.pt
@@ -31,23 +31,33 @@ from data.tokenizer import tokenizer_state
 from files import atomic_write, lock_folder
 from script import UserError
 from training.checkpoint import (
-    checkpoint_steps,
     full_state_dicts,
     hardlink_or_copy,
-    last_good,
     load_resume,
-    model_path,
-    resume_path,
     run_settings,
     save_tensors,
 )
 from training.distributed import all_finite
-
-import torch
+from weights import checkpoint_steps, last_checkpoint_message, model_path, resume_path
 
 RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"
 CHECKPOINTS = r"(model|resume)_(\d+)\.pt"
 RUN_FILES = rf"{RECORDS}|plot\.png|tensorboard|resume\.pt|{CHECKPOINTS}"
+
+
+def parse_record(line):
+    """(step, kind, record) of a line of log.txt or a .jsonl file; (None, "", {}) for other lines.
+
+    record: the dict of a .jsonl line, {} for a line of log.txt.
+    """
+    try:
+        if line.startswith("{"):
+            record = json.loads(line)
+            return int(record["step"]), record["kind"], record
+        step, kind, _ = line.split()
+        return int(step), kind, {}
+    except (ValueError, KeyError, TypeError):
+        return None, "", {}
 
 
 class LogDir:
@@ -67,6 +77,7 @@ class LogDir:
             self.saved_state = (saved["step"], saved.get("evaluated_step"))
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # how long the last save took
+        self.records_to_replay = []  # what the dashboards have dropped and the records have not
         self._files = {}
         self._plotting = None
         if not writes:
@@ -75,19 +86,20 @@ class LogDir:
             # Nobody else may write here until this process ends.
             self._lock = lock_folder(self.path)
             self._check_unchanged(settings, saved)
-            # Leftovers of a run that was killed.
             for name in os.listdir(self.path):
                 if name.endswith(".tmp") and re.fullmatch(RUN_FILES, name.removesuffix(".tmp")):
                     os.remove(f"{self.path}/{name}")  # a run was killed while writing it
+            # A fresh start keeps an earlier run's files, and so does going back to a step.
             if saved is None:
                 self._archive_old_run()
             elif settings["resume_step"] >= 0:
                 self._archive_later_checkpoints(saved["step"])
             if saved:
-                self._rewind(saved["step"], saved.get("evaluated_step"))
+                self.records_to_replay = self._rewind(saved["step"], saved.get("evaluated_step"))
         except OSError as e:
             raise UserError(f"--log_dir={self.path}: cannot write there ({e.strerror})")
         # Models may have been deleted by hand: only those that exist count.
+        # Models may have been deleted by hand: list only those that exist.
         losses = saved.get("checkpoints", {}) if saved else {}
         # {step: validation loss, or None if it was not measured} of the model files
         self.checkpoints = {step: losses.get(step) for step in checkpoint_steps(self.path)}
@@ -96,8 +108,10 @@ class LogDir:
         """Raise UserError if another run has saved here since resume.pt was read."""
         if not settings["resume"]:
             return
-        now = load_resume(self.path, settings["resume_step"], mmap=True)
-        if (now and now["step"]) != (saved and saved["step"]):
+        current = load_resume(self.path, settings["resume_step"], mmap=True)
+        saved_step = saved["step"] if saved else None
+        current_step = current["step"] if current else None
+        if current_step != saved_step:
             raise UserError(f"{self.path}/: another run has just saved there; repeat the command")
 
     # -- earlier runs -------------------------------------------------------------------
@@ -106,7 +120,6 @@ class LogDir:
 
     def _archive_folder(self):
         """Make old_1/, old_2/, ..., the first of them that does not exist; returns its path."""
-        # The first number that is free.
         paths = (f"{self.path}/old_{n}" for n in itertools.count(1))
         path = next(path for path in paths if not os.path.exists(path))
         os.makedirs(path)
@@ -114,12 +127,10 @@ class LogDir:
 
     def _archive_old_run(self):
         """Move the files of an earlier run to old_1/, old_2/, ..."""
-        # Everything that a run has written moves together.
         names = self._run_files()
         if not names:
             return
         archive = self._archive_folder()
-        # The other files stay too: they are cut back to the step by _rewind().
         for name in names:
             os.rename(f"{self.path}/{name}", f"{archive}/{name}")
         print(f"{self.path}/ held an earlier run: moved to {archive}/")
@@ -147,36 +158,35 @@ class LogDir:
         print(f"{self.path}/ had continued after step {step}: moved to {archive}/")
 
     def _rewind(self, step, evaluated_step):
-        """Drop the records that were made after the state in resume.pt."""
-        self._kept_at_step = []  # the records of its step that stay, for the dashboards
+        """Drop the records that were made after the state in resume.pt.
 
-        def stays(line):
-            try:
-                record = {}
-                if line.startswith("{"):
-                    record = json.loads(line)
-                    at, kind = record["step"], record["kind"]
-                else:
-                    at, kind, _ = line.split()
-                if kind == "run" or int(at) < step:
-                    return True
-                if int(at) > step or kind == "train" or evaluated_step != step:
-                    return False
-            except (ValueError, KeyError, TypeError):
-                # Not a record: the user's own line stays, a line that a crash cut short does not.
-                return line.endswith("\n")
-            if record:
-                self._kept_at_step.append(record)
-            return True
-
+        Returns the records of its step that stay, for the dashboards.
+        """
+        replay = []
         for name in os.listdir(self.path):
             if not re.fullmatch(RECORDS, name):
                 continue
             path = f"{self.path}/{name}"
+            lines = []
             with open(path, encoding="utf-8", errors="surrogateescape") as f:
-                text = "".join(line for line in f if stays(line))
-            content = text.encode(errors="surrogateescape")
+                for line in f:
+                    record_step, kind, record = parse_record(line)
+                    if record_step is None:
+                        # The user's own line stays, a line that a crash cut short does not.
+                        stays = line.endswith("\n")
+                    elif kind == "run" or record_step < step:
+                        stays = True
+                    else:
+                        # At the step itself, evaluations come first, and then the update.
+                        is_evaluation = record_step == step and kind != "train"
+                        stays = is_evaluation and evaluated_step == step
+                        if stays and record:
+                            replay.append(record)
+                    if stays:
+                        lines.append(line)
+            content = "".join(lines).encode(errors="surrogateescape")
             atomic_write(path, lambda f, content=content: f.write(content))
+        return replay
 
     # -- records ------------------------------------------------------------------------
     def _recreate(self):
@@ -192,21 +202,22 @@ class LogDir:
             self._files[name] = open(path, "a", encoding="utf-8", buffering=1)
         self._files[name].write(line + "\n")
 
-    def log_metric(self, step, kind, value, **values):
+    def log_metric(self, step, kind, value, values):
         """Write a record: value to log.txt, the other values to metrics.jsonl and dashboards."""
         if self.writes:
-            # Training losses have six digits, as in build-nanogpt.
             digits = 6 if kind == "train" else 4
             self._append("log.txt", f"{step} {kind} {value:.{digits}f}")
-        self.log_event(step, kind, **values)
+        self.log_event(step, kind, values)
 
-    def log_event(self, step, kind, **values):
+    def log_event(self, step, kind, values):
         """Write a record to the .jsonl file of its kind; nan and inf become null."""
         if not self.writes:
             return
-        # nan and inf are not JSON: they become null.
         values = json.loads(json.dumps(values), parse_constant=lambda name: None)
-        line = json.dumps({"step": step, "kind": kind, **values})
+        record = {"step": step, "kind": kind}
+        for key, value in values.items():
+            record.setdefault(key, value)  # an eval's result can have such keys too
+        line = json.dumps(record)
         if kind.endswith("_item"):
             self._append(f"{kind}s.jsonl", line)
         elif kind == "exposure":
@@ -216,23 +227,26 @@ class LogDir:
             self._send(step, kind, values)
 
     # -- checkpoints --------------------------------------------------------------------
-    def save(self, run, model, optimizers, scaler, enc, val_loss=None):
-        """Save a checkpoint, unless the last one has the same state. All ranks call it.
+    def save(self, run, setup, val_loss=None):
+        """Save a checkpoint of a Run and the trainer's Setup, unless the last one has this state.
+
+        All ranks call it.
 
         Raises UserError if a parameter is not finite: a broken model never replaces a good one.
         With keep_checkpoints=N, only the newest N models and the best by validation loss are kept.
         """
         if (run.step, run.evaluated_step) == self.saved_state:
             return
-        # A broken model must not replace a good one.
         start = time.monotonic()
+        model = setup.model
         if not all_finite(model.parameters()):
             raise UserError(
                 f"step {run.step}: the weights are no longer finite; nothing saved, "
-                f"{last_good(self.path)}"
+                f"{last_checkpoint_message(self.path)}"
             )
         # All ranks take part in gathering the state, rank 0 writes it.
-        weights, states = full_state_dicts(model, optimizers)
+        run.data = setup.loader.fingerprint()
+        weights, states = full_state_dicts(model, setup.optimizers)
         if self.writes:
             self._recreate()
             path = model_path(self.path, run.step)
@@ -242,7 +256,7 @@ class LogDir:
                 "step": run.step,
                 "val_loss": val_loss,
                 "settings": run.settings,
-                "tokenizer": tokenizer_state(enc),
+                "tokenizer": tokenizer_state(setup.loader.enc),
             }
             # First the model, then resume.pt, which refers to it.
             save_tensors(path, model_file)
@@ -252,13 +266,12 @@ class LogDir:
             resume_file = {
                 **dataclasses.asdict(run),
                 "optimizers": states,
-                "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(),
+                "scaler": setup.scaler.state_dict(),
                 "checkpoints": self.checkpoints,
             }
             save_tensors(resume_path(self.path), resume_file)
-            # A planned checkpoint can be gone back to: resume_<step>.pt is another name of the same
-            # file.
+            # --resume_step can return to a checkpoint of --save_every: resume_<step>.pt is another
+            # name of the same file.
             every = run.settings["save_every"]
             if every and run.step % every == 0:
                 hardlink_or_copy(resume_path(self.path), resume_path(self.path, run.step))
@@ -275,7 +288,6 @@ class LogDir:
         for s, loss in self.checkpoints.items():
             if loss is not None and loss == loss:  # measured, and not nan
                 losses[s] = loss
-        # The newest ones, and the best.
         kept = {step, *sorted(self.checkpoints)[-keep:]}
         if losses:
             kept.add(min(sorted(losses), key=losses.get))
@@ -297,8 +309,8 @@ class LogDir:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self._plotting:
                 self._plotting.wait(timeout)
-            # plot.py draws in a process of its own.
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            # A process of its own: drawing takes seconds, and its errors are not the run's.
             self._plotting = subprocess.Popen(
                 [sys.executable, f"{root}/plot.py", f"--logs={self.path}"],
                 stdout=subprocess.DEVNULL,
@@ -336,6 +348,7 @@ class LogDir:
         for key, value in values.items():
             if isinstance(value, (int, float)) and kind != "run":
                 numbers[f"{kind}/{key}"] = value
+        # A dashboard that fails, for example without a network, must not end the run.
         for name, (send, _) in list(self.dashboards.items()):
             try:
                 send(step, numbers)
@@ -387,6 +400,7 @@ def open_wandb(folder, settings, run_id):
 def open_log(run, saved, loader, model, writes):
     """The LogDir of a Run, with its first record and its dashboards."""
     s = run.settings
+    # Check what can be missing before any file is moved.
     for name in ("wandb", "tensorboard"):  # before anything is moved
         if s[name] and importlib.util.find_spec(name) is None:
             raise UserError(f"--{name}={s[name]} needs {name}: pip install {name}")
@@ -395,15 +409,14 @@ def open_log(run, saved, loader, model, writes):
         log.open_dashboards(run)
     if not saved:
         dataset = " + ".join(str(source.shards.dataset) for source in loader.loaders)
-        log.log_event(
-            0,
-            "run",
-            tokenizer=loader.enc.name,
-            dataset=dataset,
-            parameters=model.num_params(),
-            settings=run_settings(s),
-        )
+        about = {
+            "tokenizer": loader.enc.name,
+            "dataset": dataset,
+            "parameters": model.num_params(),
+            "settings": run_settings(s),
+        }
+        log.log_event(0, "run", about)
     elif writes:
-        for record in log._kept_at_step:  # the dashboards have dropped them
+        for record in log.records_to_replay:
             log._send(record.pop("step"), record.pop("kind"), record)
     return log

@@ -39,6 +39,7 @@ def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
     """
 
     def micro_step():
+        # The first real step will also need room for the state of the optimizers.
         optimizer_state = []  # held until after the backward pass, as the real one will be
         if with_optimizer:
             for opt in setup.optimizers:
@@ -48,7 +49,7 @@ def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
                             optimizer_state.append(torch.empty_like(p))
         x = torch.zeros(setup.B, T, dtype=torch.long, device=setup.device)
         y = x.clone()  # the same tensor twice would compile another graph
-        with pick_autocast(dtype, setup.device, cache=False):
+        with pick_autocast(dtype, setup.device, cache_weights=False):
             setup.train_model(x, y).backward()
         del optimizer_state
 
@@ -57,6 +58,8 @@ def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
     # Eager mode first: there, out of memory shows after a second, not after compiling for a minute.
     for stance in ("force_eager", "default"):
         with torch.compiler.set_stance(stance):
+            # Half of B fits sooner or later; a model that does not fit with B=1 fails in the first
+            # step.
             while setup.B > 1 and not try_step(micro_step, setup.model):
                 print0(f"out of memory with --B={setup.B}: halving it; the result stays the same")
                 setup.B = largest_micro_batch(
@@ -64,15 +67,15 @@ def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
                 )
 
 
-def try_step(step, model):
-    """Whether step(), which computes gradients of model, fits into memory on every rank.
+def try_step(fn, model):
+    """Whether fn(), which computes gradients of model, fits into memory on every rank.
 
     All ranks call it. The gradients are dropped.
     """
     # All ranks must come to the same result, or they would use different batch sizes.
     fits = True
     try:
-        step()
+        fn()
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise

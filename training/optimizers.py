@@ -1,9 +1,9 @@
 """AdamW, and Muon for the matrices of the blocks.
 
-Each entry of OPTIMIZERS is a class that tells the trainer, the checkpoints and the memory trial
-what they must know of it:
+Each entry of OPTIMIZERS is a class that provides what the trainer, the checkpoints and the trial of
+the memory need to know about it:
 
-configure(model, lr, weight_decay, betas)   a list of optimizers that together update the model
+configure(model, weight_decay, lr, betas)   a list of optimizers that together update the model
 hyperparameters_at(step)                    options of its groups that change during a run
 state_floats_per_param                      the size of its state, in floats per parameter
 scales_weight_decay                         whether shorter runs get more weight decay (schedule.py)
@@ -17,6 +17,8 @@ from training.distributed import is_dtensor, shard_like
 import torch
 import torch.distributed as dist
 
+EMBEDDING_LR_SCALE = 80  # as in modded-nanogpt and nanochat
+
 
 class AdamW(torch.optim.AdamW):
     """As in the GPT-3 paper: weight decay on matrices and embeddings, none on biases and norms."""
@@ -25,12 +27,12 @@ class AdamW(torch.optim.AdamW):
     scales_weight_decay = False
 
     @classmethod
-    def configure(cls, model, lr, weight_decay, betas):
-        tables, untied, vectors = split_parameters(model, model.parameters())
+    def configure(cls, model, weight_decay, lr, betas):
+        matrices, vectors, embedding_groups = split_parameters(model, model.parameters())
         groups = [
-            {"params": tables, "weight_decay": weight_decay},
+            {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
-            *untied,
+            *embedding_groups,
         ]
         return [cls(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
 
@@ -40,25 +42,20 @@ class AdamW(torch.optim.AdamW):
 
 
 def split_parameters(model, parameters):
-    """(matrices and tables, groups for an untied embedding, vectors) of a model's parameters.
+    """(matrices, vectors, groups for an untied embedding) of parameters of a model.
 
-    An embedding that is not the output layer has no weight decay and 80 times the learning rate, as
-    in modded-nanogpt and nanochat: a step only has gradients for few of its rows.
+    An untied embedding has no weight decay and EMBEDDING_LR_SCALE times the learning rate, since a
+    step has gradients for only a few of its rows.
     """
-    # wte is the embedding; without tying, lm_head is a separate matrix.
     embedding = None if model.config.tie_embeddings else model.transformer.wte.weight
-    tables = []
-    vectors = []
-    for p in parameters:
-        if p is embedding:
-            continue
-        if p.dim() >= 2:
-            tables.append(p)
-        else:
-            vectors.append(p)
-    if embedding is None:
-        return tables, [], vectors
-    return tables, [{"params": [embedding], "weight_decay": 0.0, "lr_scale": 80}], vectors
+    others = [p for p in parameters if p is not embedding]
+    matrices = [p for p in others if p.dim() >= 2]
+    vectors = [p for p in others if p.dim() < 2]
+    groups = []
+    if embedding is not None:
+        group = {"params": [embedding], "weight_decay": 0.0, "lr_scale": EMBEDDING_LR_SCALE}
+        groups.append(group)
+    return matrices, vectors, groups
 
 
 class Muon(torch.optim.Optimizer):
@@ -77,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     With FSDP every rank computes the update of every matrix.
     """
 
-    state_floats_per_param = 1  # and one per neuron
+    state_floats_per_param = 1  # plus one float per neuron
     scales_weight_decay = True
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95, num_matrices=1):
@@ -87,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @classmethod
-    def configure(cls, model, lr, weight_decay, betas):
+    def configure(cls, model, weight_decay, lr, betas):
         """[AdamW, Muon]. Muon has the blocks' matrices, and their weight decay."""
         # The four matrices of each block, by name.
         blocks = model.transformer.h
@@ -98,14 +95,14 @@ class Muon(torch.optim.Optimizer):
             {"params": [b.attn.c_proj.weight for b in blocks]},
             {"params": [b.mlp.c_proj.weight for b in blocks], "lr_scale": 0.5},
         ]
-        # All other parameters are AdamW's: embeddings, output layer, norms and biases.
-        ids = {id(p) for group in groups for p in group["params"]}
-        others = [p for p in model.parameters() if id(p) not in ids]
-        tables, untied, vectors = split_parameters(model, others)
+        # All other parameters are AdamW's, without weight decay.
+        muon_ids = {id(p) for group in groups for p in group["params"]}
+        others = [p for p in model.parameters() if id(p) not in muon_ids]
+        matrices, vectors, embedding_groups = split_parameters(model, others)
         adamw_groups = [
-            {"params": tables, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": 0.0},
             {"params": vectors, "weight_decay": 0.0},
-            *untied,
+            *embedding_groups,
         ]
         adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=1e-10, fused=True)
         return [adamw, cls(groups, lr, weight_decay)]
@@ -125,19 +122,19 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        # Which parameters does this rank update?
+        rank, world_size = rank_and_world_size()
+        # With DDP each rank has all gradients, and updates its share of the matrices.
         split = self.split_params()
-        mine = {id(p) for p in split[self._rank() :: self._world_size()]}
-        others = {id(p) for p in split} - mine
+        owner = {p: i % world_size for i, p in enumerate(split)}  # empty with FSDP
         # Matrices of one shape are orthogonalized in one batch.
         by_shape = {}  # {(m, n) with m <= n: the parameters whose matrices are (m, n) or (n, m)}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and id(p) not in others:
+                if p.grad is not None and owner.get(p, rank) == rank:
                     shape = sorted((p.size(0) // group["num_matrices"], p.size(1)))
                     by_shape.setdefault(tuple(shape), []).append((p, group))
         for (m, n), same_shape in by_shape.items():
-            # At a time, tensors of 64 MB; with three matrices in each parameter, three times that.
+            # At most 64 MB of updates at a time (192 MB for c_attn): they are copied twice.
             count = max(1, 2**25 // (m * n))
             for start in range(0, len(same_shape), count):
                 self._update(same_shape[start : start + count])
@@ -146,60 +143,49 @@ class Muon(torch.optim.Optimizer):
     def _update(self, same_shape):
         """One update of (parameter, group) pairs whose matrices have the same shape, m <= n."""
         updates = []  # (num_matrices, m, n)
-        squares = []
-        transposed = []
+        second_moments = []
         for p, group in same_shape:
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p))
             # Nesterov momentum.
-            mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(mean, group["momentum"]).bfloat16()
+            momentum_buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum_buffer, group["momentum"]).bfloat16()
             if is_dtensor(update):
                 update = update.full_tensor()
-            # Separate the matrices of a parameter, and lay them all down: m <= n.
+            # Separate the matrices of a parameter, and transpose the tall ones, so that m <= n.
             update = update.unflatten(0, (group["num_matrices"], -1))
-            transposed.append(update.size(1) >= update.size(2))
-            updates.append(update.mT if transposed[-1] else update)
-            squares.append(state["second_momentum_buffer"])
+            updates.append(update.mT if is_tall(p, group) else update)
+            second_moments.append(state["second_momentum_buffer"])
 
         # Orthogonalize them, and balance the neurons.
         X = orthogonalize(torch.cat(updates))
-        X = X * normuon_scale(X, squares).bfloat16()
+        X = X * normuon_scale(X, second_moments).bfloat16()
         rms = 0.2 * X.size(2) ** 0.5  # an orthogonal X has an RMS of X.size(2) ** -0.5
-        sizes = [len(update) for update in updates]
-        for (p, group), update, is_transposed in zip(
-            same_shape, X.split(sizes), transposed, strict=True
-        ):
-            if is_transposed:
+        parts = X.split([len(update) for update in updates])
+        for (p, group), update in zip(same_shape, parts, strict=True):
+            if is_tall(p, group):
                 update = update.mT
             # Decoupled weight decay, then the update.
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(shard_like(p, update.flatten(0, 1)), alpha=-group["lr"] * rms)
 
     # -- work split over ranks ----------------------------------------------------------
-    @staticmethod
-    def _rank():
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @staticmethod
-    def _world_size():
-        return dist.get_world_size() if dist.is_initialized() else 1
-
     def split_params(self):
         """The parameters whose updates are split over ranks, the largest first; none with FSDP."""
         if not dist.is_initialized():
             return []
-        # Large ones first, so that ranks get about the same work.
         params = [p for group in self.param_groups for p in group["params"]]
+        # The largest first, so that ranks get about the same work.
         return sorted((p for p in params if not is_dtensor(p)), key=torch.numel, reverse=True)
 
     @torch.no_grad()
     def _broadcast(self, tensors):
         """Send tensor i from rank i % world_size, which has updated it, to all others."""
+        _, world_size = rank_and_world_size()
         works = []
         for i, tensor in enumerate(tensors):
-            works.append(dist.broadcast(tensor, i % self._world_size(), async_op=True))
+            works.append(dist.broadcast(tensor, i % world_size, async_op=True))
         for work in works:
             work.wait()
 
@@ -211,6 +197,17 @@ class Muon(torch.optim.Optimizer):
                 self.state[p].update(self.init_state(p))
         for key in ("momentum_buffer", "second_momentum_buffer"):
             self._broadcast([self.state[p][key] for p in split])
+
+
+def rank_and_world_size():
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_tall(p, group):
+    """Whether the matrices of a parameter have at least as many rows as columns."""
+    return p.size(0) // group["num_matrices"] >= p.size(1)
 
 
 def orthogonalize(X):
@@ -228,18 +225,19 @@ def orthogonalize(X):
     return X
 
 
-def normuon_scale(X, squares, beta2=0.95):
-    """Factors (N, 1, n) for the columns of matrices X (N, m, n), each the update of one neuron.
+def normuon_scale(X, second_moments, beta2=0.95):
+    """One factor for each column (neuron) of X (N, m, n): (N, 1, n).
 
-    squares: tensors, N n values in all, of the running means of the columns' squared norms, which
-    are updated in place. Only their ratios matter, so they can start at zero.
+    second_moments: tensors, N n values in all, of the running means of the columns' squared norms,
+    which are updated in place. Only their ratios matter, so they can start at zero.
     """
     # Update the running means with this step's squares, column by column.
     squared_norms = X.square().sum(dim=1, keepdim=True, dtype=torch.float32)  # (N, 1, n)
-    sizes = [len(mean) for mean in squares]
-    for mean, values in zip(squares, squared_norms.flatten().split(sizes), strict=True):
-        mean.lerp_(values, 1 - beta2)
-    scale = torch.cat(squares).view_as(squared_norms).clamp(min=1e-20).rsqrt()
+    sizes = [len(running_mean) for running_mean in second_moments]
+    columns = zip(second_moments, squared_norms.flatten().split(sizes), strict=True)
+    for running_mean, values in columns:
+        running_mean.lerp_(values, 1 - beta2)
+    scale = torch.cat(second_moments).view_as(squared_norms).clamp(min=1e-20).rsqrt()
     # Rescale, so that the norm of the whole matrix stays what it was.
     norm_before = squared_norms.sum(dim=(1, 2), keepdim=True)
     norm_after = (squared_norms * scale.square()).sum(dim=(1, 2), keepdim=True)
@@ -251,4 +249,4 @@ OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
 
 def configure_optimizers(model, weight_decay, lr, betas=(0.9, 0.95), optimizer="adamw"):
     """The optimizers that together update a GPT, a list; optimizer is a key of OPTIMIZERS."""
-    return OPTIMIZERS[optimizer].configure(model, lr, weight_decay, betas)
+    return OPTIMIZERS[optimizer].configure(model, weight_decay, lr, betas)

@@ -6,8 +6,8 @@ cosine    down to min_lr along half a cosine, as in the GPT-3 paper
 wsd       warmup, stable, decay: max_lr, then linearly down to min_lr in the last cooldown_steps
           (https://arxiv.org/abs/2404.06395)
 
-If a run is made longer after its learning rate has fallen, it warms up again from there to what the
-longer schedule has (https://arxiv.org/abs/2403.08763). `s` is always a dict of settings.
+If a run is made longer after its learning rate has fallen, it warms up again from there to the
+rate of the longer schedule (https://arxiv.org/abs/2403.08763). `s` is always a dict of settings.
 """
 
 import math
@@ -16,8 +16,8 @@ from script import UserError
 from training.optimizers import OPTIMIZERS
 
 
-def get_lr(s, step, extended=None):
-    """The learning rate of a step; extended: [step, learning rate], see extend_run()."""
+def get_lr(s, step, rewarm_from=None):
+    """The learning rate of a step; rewarm_from: see extend_run()."""
     max_steps = s["max_steps"]
     # 1. Linear warmup: the first step has a rate above 0.
     if step < s["warmup_steps"]:
@@ -33,20 +33,21 @@ def get_lr(s, step, extended=None):
         coeff = min(1, (max_steps - step) / max(1, s["cooldown_steps"]))
     lr = s["min_lr"] + coeff * (s["max_lr"] - s["min_lr"])
     # 4. After an extension, the rate may not jump.
-    if extended:
-        rewarm_step, rewarm_lr = extended
+    if rewarm_from:
+        rewarm_step, rewarm_lr = rewarm_from
         ratio = (step - rewarm_step + 1) / max(1, s["warmup_steps"])
         lr = min(lr, rewarm_lr + (s["max_lr"] - rewarm_lr) * ratio)
     return lr
 
 
 def rescale_schedule(s, max_steps, overrides):
-    """Warmup and cooldown for another max_steps than s was made for, in proportion to it.
+    """Rescale warmup and cooldown in proportion to max_steps.
 
-    The cooldown makes room for a warmup that the command line gives (overrides). Muon's weight
-    decay scales inversely: the time in which weights forget their past, 1 / (lr * weight_decay)
-    steps, stays the same share of the run (nanochat; https://arxiv.org/abs/2405.13698). It grows to
-    0.2 at most, since more made short runs worse (4M parameters, 1M tokens).
+    The cooldown is shortened if a warmup on the command line (overrides) leaves less room. Muon's
+    weight decay scales inversely: the time in which weights forget their past, 1 / (lr *
+    weight_decay) steps, stays the same share of the run (nanochat;
+    https://arxiv.org/abs/2405.13698). It grows to 0.2 at most, since larger values hurt short runs
+    (4M parameters, 1M tokens).
     """
     # Keep the proportions of the schedule.
     warmup = -(-s["warmup_steps"] * max_steps // s["max_steps"])  # rounded up
@@ -64,7 +65,6 @@ def rescale_schedule(s, max_steps, overrides):
 def check_schedule(s):
     """Raise UserError if warmup and cooldown do not fit into the run."""
     max_steps = s["max_steps"]
-    # A cosine has no cooldown of its own.
     decay = 0 if s["schedule"] == "cosine" else s["cooldown_steps"]
     if s["warmup_steps"] + decay <= max(max_steps, 1):
         return
@@ -80,13 +80,12 @@ def extend_run(run, old_settings):
     """Set up a re-warmup if a resumed Run is longer and its learning rate would jump up."""
     if run.settings["max_steps"] <= old_settings["max_steps"]:
         return
-    # The rate that the run has ended at, and the one that it would continue with.
-    old_lr = get_lr(old_settings, run.step, run.extended)
+    old_lr = get_lr(old_settings, run.step, run.rewarm_from)
     if old_lr < get_lr(run.settings, run.step):
-        run.extended = [run.step, old_lr]
+        run.rewarm_from = [run.step, old_lr]
 
 
-def describe_schedule(s, extended=None):
+def describe_schedule(s, rewarm_from=None):
     """The schedule of a run in one line."""
     max_steps = s["max_steps"]
     warmup = s["warmup_steps"]
@@ -96,7 +95,7 @@ def describe_schedule(s, extended=None):
     line += f"warmup {warmup:,}, stable {stable:,}, decay {decay:,}"
     if OPTIMIZERS[s["optimizer"]].scales_weight_decay:
         line += f"; weight decay {s['weight_decay']:g}"
-    if extended:
-        rewarm_step, rewarm_lr = extended
+    if rewarm_from:
+        rewarm_step, rewarm_lr = rewarm_from
         line += f"; extended: rises again from {rewarm_lr:.1e} at step {rewarm_step}"
     return line

@@ -1,4 +1,4 @@
-"""The settings of a run: from a preset, or from the run that is resumed; and what makes no sense.
+"""The settings of a run, from a preset or from the run that is resumed; and checks of them.
 
 Settings are dicts, {name: value}. overrides are those on the command line, presets the trainer's
 PRESETS; preset_settings(name) returns all settings of the trainer's file with those of a preset.
@@ -9,7 +9,7 @@ import shlex
 from configurator import check_choice, check_min
 from data.shards import has_shards
 from script import UserError
-from training.checkpoint import load_resume, run_settings
+from training.checkpoint import COMMAND_SETTINGS, load_resume
 from training.optimizers import OPTIMIZERS
 from training.schedule import check_schedule, rescale_schedule
 
@@ -22,84 +22,84 @@ MINIMUM = {"plot_every": -1, "resume_step": -1, **dict.fromkeys(AT_LEAST_1, 1)}
 
 
 def resolve_settings(overrides, presets, preset_settings, immutable):
-    """The settings below the command line's: the resumed run's, or the preset's.
+    """All settings of a command: those of the resumed run or of a preset, and then the overrides.
 
     immutable: the names of settings that a resumed run cannot change.
     """
-    # --preset=auto means the same as no preset.
-    if overrides.get("preset") == "auto":
-        del overrides["preset"]
     name = overrides.get("preset", "auto")
     check_choice("preset", name, ("auto", *presets))
-    # Resuming: the run's own settings replace all defaults.
-    given = {**preset_settings("gpt2"), **overrides}
-    if given["resume"] or given["resume_step"] >= 0:
-        saved = load_resume(given["log_dir"], given["resume_step"], mmap=True)
+    merged = {**preset_settings("gpt2"), **overrides}
+    # A resumed run has its own settings.
+    if merged["resume"] or merged["resume_step"] >= 0:
+        saved = load_resume(merged["log_dir"], merged["resume_step"], mmap=True)
         if saved:
-            return resolve_resumed_settings(saved, overrides, preset_settings, immutable)
+            return resumed_settings(saved, overrides, preset_settings, immutable)
 
     # Without shards, `python train_gpt2.py` is a demo.
     is_demo = name in ("auto", "tiny") and "data_dir" not in overrides
-    is_demo = is_demo and not has_shards(given["data_dir"])
+    is_demo = is_demo and not has_shards(merged["data_dir"])
     if name == "auto":
         name = "tiny" if is_demo else "gpt2"
-    settings = {**presets[name], "preset": name}
+    settings = preset_settings(name)
     if is_demo:
         settings["data_dir"] = DEMO_DIR
-    # Evaluating the latest checkpoint of a run, on its own data.
-    if given["eval_only"] and given["ckpt"] in ("latest", "best") and "data_dir" not in overrides:
-        saved = load_resume(given["log_dir"], mmap=True)
+    # The latest checkpoint of a run is evaluated on the data it was trained on.
+    if merged["eval_only"] and merged["ckpt"] in ("latest", "best"):
+        saved = load_resume(merged["log_dir"], mmap=True)
         if saved:
-            settings["data_dir"] = saved["settings"]["data_dir"]  # the data it was trained on
+            settings["data_dir"] = saved["settings"]["data_dir"]
     # Warmup, cooldown and weight decay scale with max_steps.
-    defaults = preset_settings(name)
-    if "optimizer" in overrides:
-        defaults["optimizer"] = overrides["optimizer"]
-        check_choice("optimizer", defaults["optimizer"], tuple(OPTIMIZERS))
-    new_max_steps = overrides.get("max_steps", defaults["max_steps"])
-    return {**settings, **rescale_schedule(defaults, new_max_steps, overrides)}
+    settings["optimizer"] = overrides.get("optimizer", settings["optimizer"])
+    check_choice("optimizer", settings["optimizer"], tuple(OPTIMIZERS))
+    max_steps = overrides.get("max_steps", settings["max_steps"])
+    rescaled = rescale_schedule(settings, max_steps, overrides)
+    return {**settings, **rescaled, **overrides, "preset": name}
 
 
-def resolve_resumed_settings(saved, overrides, preset_settings, immutable):
-    """The settings of the run in resume.pt's dict, rescaled if overrides change its length.
+def resumed_settings(saved, overrides, preset_settings, immutable):
+    """All settings of a command that resumes the run in resume.pt's dict.
 
     Raises UserError if overrides change an immutable setting, or if the trainer's default of a
     setting has changed since the run started and the command line does not say which to use.
     """
+    # A setting that did not exist when the run started has today's default.
     old = saved["settings"]
     defaults = preset_settings(old["preset"])
-    # A setting that did not exist when the run started has today's default.
     settings = {key: old.get(key, default) for key, default in defaults.items()}
+    if overrides.get("preset") == "auto":
+        overrides = {**overrides, "preset": old["preset"]}
     for key in immutable:
         if overrides.get(key, settings[key]) != settings[key]:
             raise UserError(
                 f"--{key}={overrides[key]}: the run to resume has {settings[key]}; leave it out"
             )
-    # An edited default could mean that this run should change, or that the next one should: ask.
-    changed = []
+    # An edited default could be meant for this run, or for the next one: ask.
+    edited = []
     for key, default in defaults.items():
-        known = (saved["defaults"].get(key, default), settings[key])
-        if key not in overrides and default not in known:
-            changed.append(key)
-    if changed:
-        new = ", ".join(f"{key}={defaults[key]}" for key in changed)
-        keep = " ".join(f"--{key}={shlex.quote(str(settings[key]))}" for key in changed)
+        default_at_start = saved["defaults"].get(key, default)
+        if key not in overrides and default != default_at_start and default != settings[key]:
+            edited.append(key)
+    if edited:
+        new = " ".join(f"--{key}={shlex.quote(str(defaults[key]))}" for key in edited)
+        keep = " ".join(f"--{key}={shlex.quote(str(settings[key]))}" for key in edited)
         raise UserError(
-            f"train_gpt2.py has other defaults now: {new}; choose them, or what the run has: {keep}"
+            f"the defaults in train_gpt2.py have changed: pass {new}, or {keep} to keep the run's"
         )
 
-    settings = {**run_settings(settings), "resume": True}
-    new_max_steps = overrides.get("max_steps", settings["max_steps"])
-    if settings["max_steps"] == 0:  # it has no proportions to keep: take the preset's
-        return {**settings, **rescale_schedule(defaults, new_max_steps, overrides)}
-    # The warmup is over, or under way: only the cooldown still changes.
-    rescaled = rescale_schedule(settings, new_max_steps, overrides)
-    return {**settings, "cooldown_steps": rescaled["cooldown_steps"]}
+    # Another length: if the run has no proportions to keep, the preset's, or else only the cooldown
+    # changes, since the warmup is over or under way.
+    max_steps = overrides.get("max_steps", settings["max_steps"])
+    if settings["max_steps"] == 0:
+        settings.update(rescale_schedule(defaults, max_steps, overrides))
+    else:
+        rescaled = rescale_schedule(settings, max_steps, overrides)
+        settings["cooldown_steps"] = rescaled["cooldown_steps"]
+    command = {key: preset_settings("gpt2")[key] for key in COMMAND_SETTINGS}
+    return {**settings, **command, **overrides, "resume": True}
 
 
 def check_settings(s):
     """Raise UserError if a setting makes no sense."""
-    # Numbers have a lower limit.
     for key, value in s.items():
         if not isinstance(value, str):
             check_min(MINIMUM.get(key, 0), **{key: value})
