@@ -104,6 +104,7 @@ def read_folder(folder):
 
 def read_zip(path):
     """Yield (name, bytes) of the .jsonl files in a zip: plain, ZipCrypto or WinZip AES."""
+    # The password is public: it only keeps the items away from crawlers.
     password = os.environ.get("EWOK_ZIP_PASSWORD", "ew2026").encode()
     opener = zipfile.ZipFile
     try:

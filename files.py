@@ -17,6 +17,7 @@ def atomic_write(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        # fsync comes first: after a power cut, a renamed file must not be empty.
         os.replace(path + ".tmp", path)
     except BaseException:
         if os.path.exists(path + ".tmp"):
@@ -29,8 +30,8 @@ def lock_folder(folder):
 
     Raises UserError if another process holds it.
     """
+    # A lock of the operating system, which ends with the process, however that ends.
     os.makedirs(folder, exist_ok=True)
-    # The operating system frees the lock when the process ends, however it does.
     lock = filelock.FileLock(f"{folder}/.lock")
     try:
         lock.acquire(timeout=0)

@@ -181,6 +181,7 @@ def import_pyplot():
 
 def save(fig, path):
     """Write the picture atomically: a viewer may have the file open."""
+    # matplotlib cannot tell the format from the temporary name.
     extension = os.path.splitext(path)[1][1:] or "png"
     try:
         atomic_write(path, lambda f: fig.savefig(f, dpi=110, format=extension))

@@ -91,6 +91,7 @@ def main():
     def training_texts():
         """Yield nineteen of every twenty documents; hold out the twentieth."""
         nonlocal size
+        # In parts: a very long text would slow the trainer down.
         for i, text in enumerate(documents):
             if i % 20 == 19:
                 held_out.append(text)

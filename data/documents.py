@@ -31,7 +31,8 @@ HUB = {
 }
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 TINYSHAKESPEARE = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
-ROLES = {"human": "User", "gpt": "Assistant"}  # ShareGPT's names
+# ShareGPT's names for the two sides of a chat.
+ROLES = {"human": "User", "gpt": "Assistant"}
 
 
 # -- rows ---------------------------------------------------------------------------
@@ -185,6 +186,7 @@ class Documents:
                 f"{', '.join(map(str, row))}"
             )
         # The text column, or else a chat.
+        # The text column comes first, then the columns in which chats usually are.
         values = [get_column(row, column) for column in self.columns]
         texts = [render_chat(value) for value in values if value is not None]
         for text in texts:
@@ -264,7 +266,8 @@ class Documents:
         import datasets
         import huggingface_hub
 
-        huggingface_hub.logging.set_verbosity_error()  # it need not report its own retries
+        # The library would report each of its own retries.
+        huggingface_hub.logging.set_verbosity_error()
         args = [HUB.get(self.dataset, self.dataset)]
         if self.subset:
             args.append(self.subset)
