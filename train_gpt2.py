@@ -194,10 +194,8 @@ def open_model(shards, saved, overrides, compute_dtype, device):
         for key in MODEL_KEYS:
             value = getattr(model.config, key)
             if overrides.get(key, value) != value:
-                raise UserError(
-                    f"--{key}={overrides[key]}: {source} has {key}={value}; leave it out"
-                )
-    # Fresh weights, with the architecture of the settings.
+                given = f"--{key}={overrides[key]}"
+                raise UserError(f"{given}: {source} has {key}={value}; leave it out")
     else:
         fields = {key: globals()[key] for key in MODEL_KEYS}
         model = GPT(GPTConfig(block_size=T, vocab_size=shards.enc.n_vocab, **fields))
@@ -238,10 +236,11 @@ def peak_tokens_per_sec(setup, compute_dtype):
 
 
 def should_save(run, log):
-    """Whether to save: every save_every steps, or save_every_minutes on rank 0's clock."""
+    """Whether to save: every save_every steps or save_every_minutes (rank 0's), and at the end."""
     minutes = (time.monotonic() - log.saved_at) / 60
     overdue = distributed.broadcast_int(int(0 < save_every_minutes <= minutes))
-    return run.step > 0 and (evals.is_due(save_every, run) or overdue > 0)
+    is_due = run.step == max_steps or evals.is_due(save_every, run)
+    return run.step > 0 and (is_due or overdue > 0)
 
 
 # -- a step -------------------------------------------------------------------------
@@ -390,7 +389,6 @@ def main(overrides):
         distributed.local_main_process_first(lambda: make_demo_shards(DEMO_DIR, keep))
     sources = open_sources(data_dir)
     val_sources = evals.validation_sources(sources, val_dir, val_tokens)
-    # Only measure the loss of a checkpoint.
     if eval_only:
         validation = evals.Validation(val_sources, B, T, val_tokens)
         evals.print_validation(ckpt, log_dir, device_name, validation, autocast, rank, world_size)
@@ -407,9 +405,8 @@ def main(overrides):
     # Run, model, optimizers and scaler: from resume.pt, or new.
     saved = checkpoint.load_resume(log_dir, resume_step) if resume else None
     settings = current_settings(globals())
-    defaults = preset_settings(preset)
     run = checkpoint.init_run(
-        log_dir, saved, overrides, loader, settings, defaults, str(compute_dtype)
+        log_dir, saved, overrides, loader, settings, preset_settings(preset), str(compute_dtype)
     )
     model = open_model(loaders[0].shards, saved, overrides, compute_dtype, device_name)
     optimizers = configure_optimizers(model, weight_decay, max_lr, (beta1, beta2), optimizer)
@@ -460,7 +457,11 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
         if not stop_reason and run.step < max_steps:
             last_sequence = (run.tokens + total_batch_size) // T - 1  # of this step
             stop_reason = distributed.wait_for_data(setup.loader, last_sequence, stop, data_timeout)
-        # 2. Evaluations, samples and plots that are due, with the weights after run.step updates.
+        # 2. A checkpoint, when it is due: before evaluations, in which a run can be killed.
+        save_is_due = should_save(run, log)
+        if save_is_due and not stop_reason:
+            log.save(run, setup)
+        # 3. Evaluations, samples and plots that are due, with the weights after run.step updates.
         if not stop_reason and run.evaluated_step != run.step:
             val_loss, interrupted = evals.run_due_tasks(
                 tasks, context, run, log, stop, recent_times
@@ -469,8 +470,8 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
                 stop_reason = "interrupted"
         if not stop_reason and run.step == max_steps:
             stop_reason = "finished"
-        # 3. A checkpoint, when it is due and whenever the run ends.
-        if stop_reason or should_save(run, log):
+        # The checkpoint gets the validation loss; or the run ends here, and this is its last one.
+        if stop_reason or save_is_due:
             log.save(run, setup, val_loss)
             recent_times["save"].append(log.save_seconds)
             if plot_every < 0 and not stop_reason:

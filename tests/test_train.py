@@ -411,6 +411,55 @@ def test_stopped_during_evaluation(run, shards, tmp_path, monkeypatch):
         assert_same_run(tmp_path / "log", tmp_path / f"stopped{step}")
 
 
+@pytest.mark.parametrize("step", [3, 8])
+def test_killed_during_evaluation(run, shards, tmp_path, monkeypatch, step):
+    """A checkpoint is saved before the evaluations of its step, also at the end of the run."""
+    run("train_gpt2.py", *SMALL)
+    real = evals.val_windows
+    calls = []
+
+    def kill(*args):
+        calls.append(1)
+        if len(calls) == {3: 2, 8: 4}[step]:
+            raise ZeroDivisionError
+        return real(*args)
+
+    monkeypatch.setattr(evals, "val_windows", kill)
+    with pytest.raises(ZeroDivisionError):
+        run("train_gpt2.py", *SMALL, "--log_dir=killed")
+    monkeypatch.setattr(evals, "val_windows", real)
+    assert load_checkpoint(str(tmp_path / "killed" / "resume.pt"))["step"] == step
+    gc.collect()  # the lock of the log folder
+    run("train_gpt2.py", "--resume", "--log_dir=killed")
+    assert_same_run(tmp_path / "log", tmp_path / "killed")
+
+
+def test_a_signal_ends_an_evaluation_at_once(shards, tmp_path):
+    """Not only after it: a scheduler may kill the run some seconds after its signal."""
+    code = "import runpy, sys, time\nfrom training import evals\n"
+    code += "real = evals.val_windows\n"
+    code += "def slow(*args):\n    print('evaluating', flush=True)\n"
+    code += "    [time.sleep(0.1) for _ in range(600)]\n    return real(*args)\n"
+    code += "evals.val_windows = slow\n"
+    code += f"sys.argv = {['train_gpt2.py', *SMALL]}\n"
+    code += f"runpy.run_path('{ROOT}/train_gpt2.py', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT},
+    )
+    while "evaluating" not in process.stdout.readline():
+        assert process.poll() is None
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - start < 10 and process.returncode == 0
+    assert "stopped; resume with: python train_gpt2.py --resume" in out
+    assert load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"] == 0
+
+
 def test_save_every_minutes(run, shards, tmp_path):
     run("train_gpt2.py", *SMALL, "--save_every=0", "--save_every_minutes=1e-9")
     steps = sorted(int(path.stem[6:]) for path in (tmp_path / "log").glob("model_*.pt"))

@@ -176,8 +176,12 @@ def all_finite(tensors):
     return all_true(flag)
 
 
+class Interrupted(Exception):
+    """A stop was requested in the middle of an evaluation."""
+
+
 class StopRequests:
-    """Requests to end a run after its current step.
+    """Requests to end a run after its current step, or at once during evaluations.
 
     By signals: Ctrl-C, SIGTERM from a scheduler, SIGUSR1 (a warning before SIGTERM), or SIGHUP from
     a closed terminal. A second Ctrl-C ends the process at once. To add another reason to stop,
@@ -188,6 +192,7 @@ class StopRequests:
     def __init__(self):
         self.interrupts = []  # times of SIGINT
         self.signal_received = False
+        self.is_interruptible = False  # whether a signal raises Interrupted: see run_due_tasks()
         self.conditions = [lambda: self.signal_received]
         # The first signal asks for a stop, which happens after the current step.
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
@@ -210,10 +215,19 @@ class StopRequests:
             # os.write, since print() must not be called again while it is running.
             with contextlib.suppress(OSError):
                 os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
+        # Alone, this process need not agree with others when to stop.
+        if self.is_interruptible and not dist.is_initialized():
+            self.is_interruptible = False
+            raise Interrupted
 
     def requested_on_this_rank(self):
         """Whether this process has a reason to stop."""
         return any(condition() for condition in self.conditions)
+
+    def check(self):
+        """Raise Interrupted on all ranks if any has a reason to stop. All ranks call it."""
+        if self.any_rank_requested():
+            raise Interrupted
 
     def any_rank_requested(self):
         """Whether any process has a reason to stop. All ranks call it."""

@@ -26,6 +26,7 @@ from device import eager_mode
 from model import GPT, load_model
 from script import UserError, is_rank_0, print0
 from training.distributed import (
+    Interrupted,
     all_true,
     local_main_process_first,
     reshard,
@@ -289,13 +290,18 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
     results = {}
     interrupted = False
     unshard(context.model)  # with FSDP, rank 0 generates text alone and needs the whole model
-    for kind, task in due.items():
-        start = time.monotonic()
-        results[kind] = task(run, log)
-        recent_times[kind].append(time.monotonic() - start)
-        interrupted = stop.any_rank_requested()
-        if interrupted:
-            break
+    # A process that is alone stops as soon as a signal comes; several agree after each task.
+    try:
+        stop.is_interruptible = True
+        for kind, task in due.items():
+            start = time.monotonic()
+            results[kind] = task(run, log)
+            recent_times[kind].append(time.monotonic() - start)
+            stop.check()
+    except Interrupted:
+        interrupted = True
+    finally:
+        stop.is_interruptible = False
     reshard(context.model)
     if len(results) == len(due):
         run.evaluated_step = run.step

@@ -260,6 +260,7 @@ class LogDir:
             }
             # First the model, then resume.pt, which refers to it.
             save_tensors(path, model_file)
+            is_new = run.step not in self.checkpoints  # not saved before its evaluations
             self.checkpoints[run.step] = val_loss
             for f in self._files.values():  # so that a power cut cannot take records before it
                 os.fsync(f.fileno())
@@ -277,7 +278,8 @@ class LogDir:
                 hardlink_or_copy(resume_path(self.path), resume_path(self.path, run.step))
             if run.settings["keep_checkpoints"]:
                 self._delete_checkpoints(run.step, run.settings["keep_checkpoints"])
-            print(f"step {run.step:5d} | saved {path}")
+            if is_new:
+                print(f"step {run.step:5d} | saved {path}")
         self.saved_state = (run.step, run.evaluated_step)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
