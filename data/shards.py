@@ -89,7 +89,39 @@ def open_bin(path):
         raise UserError(
             f"{path}: {size} bytes are not uint16 tokens; it is cut short or another file"
         )
-    return np.memmap(path, dtype="<u2", mode="r")
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    dtype = find_other_dtype(tokens[: 1 << 20])
+    if dtype:
+        raise UserError(
+            f"{path}: holds {dtype} tokens, not uint16; convert it with numpy: "
+            f"np.fromfile(path, '{dtype}').astype('<u2').tofile(new_path)"
+        )
+    return tokens
+
+
+def find_other_dtype(tokens):
+    """The NumPy dtype that uint16 values were really written in; "" if they are what they seem.
+
+    Wider integers show as zeros in fixed places: no text has "!", GPT-2's token 0, as every second
+    token. Big-endian values are outside the vocabulary, and inside it with their bytes swapped.
+    """
+    tokens = tokens[: len(tokens) // 4 * 4].reshape(-1, 4)
+    if len(tokens) < 4 or not tokens.any():
+        return ""
+    is_zero = [not column.any() for column in tokens.T]
+    for zeros, dtype in (
+        ([False, True, True, True], "<i8"),
+        ([True, True, True, False], ">i8"),
+        ([False, True, False, True], "<i4"),
+        ([True, False, True, False], ">i4"),
+    ):
+        if is_zero == zeros:
+            return dtype
+    # Many values outside the vocabulary, all of which would be inside with their bytes swapped.
+    outside = np.unique(tokens[tokens > 50256])
+    if len(outside) >= 8 and tokens.byteswap().max() <= 50256:
+        return ">u2"
+    return ""
 
 
 def read_meta(data_dir):

@@ -18,6 +18,7 @@ import types
 from conftest import command, read_log
 from data.shards import Shards, open_shard
 from data.token_shards import list_token_shards
+from script import UserError
 
 import numpy as np
 import pytest
@@ -392,3 +393,21 @@ def test_the_validation_split_comes_first(monkeypatch):
         "b_train_1.bin",
         "b_train_2.bin",
     ]
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8", ">u2", ">i4", ">i8"])
+def test_tokens_of_another_dtype(tmp_path, dtype):
+    """People pack tokens as int32 or int64; read as uint16, every second one would be "!"."""
+    tokens = made_up(1)
+    tokens.astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=rf"train\.bin: holds {dtype} tokens, not uint16; convert"):
+        open_shard(str(tmp_path / "train.bin"))
+    path = tmp_path / "train.bin"
+    np.fromfile(path, dtype).astype("<u2").tofile(tmp_path / "val.bin")  # as the message says
+    assert np.array_equal(open_shard(str(tmp_path / "val.bin")), tokens)
+
+
+def test_token_0_is_no_other_dtype(tmp_path):
+    for tokens in ([0] * 64, [0, 5, 0, 6] * 9 + [1, 1, 1, 1], [7] * 3):
+        np.array(tokens, "<u2").tofile(tmp_path / "train.bin")
+        assert open_shard(str(tmp_path / "train.bin")).tolist() == tokens
