@@ -111,7 +111,8 @@ def read_zip(path):
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
             methods = {info.compress_type for info in archive.infolist()}
-        if 99 in methods:  # WinZip AES
+        # zipfile reads only the older encryption, ZipCrypto; 99 stands for WinZip's AES.
+        if 99 in methods:
             try:
                 import pyzipper
             except ImportError:
@@ -160,6 +161,7 @@ def score_items(model, enc, items, batch_tokens=0):
     pairs = []
     for item in items:
         contexts = [encode(enc, item[key]).tolist() for key in ("Context1", "Context2")]
+        # GPT-2's tokens of words start with a space: the target has one, and the context ends without.
         targets = [encode(enc, " " + item[key]).tolist() for key in ("Target1", "Target2")]
         for target in targets:
             pairs += [(context, target) for context in contexts]
@@ -196,7 +198,7 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
                                                    "context", "target_sum", "target_mean"}, no text
     """
     start = time.perf_counter()
-    # Each rank scores every world_size-th item; the sum over ranks fills the others in.
+    # Each rank scores every world_size-th item; the sum over ranks fills in the others.
     numbers = torch.zeros(len(items), 8, dtype=torch.float64)
     my_indices = torch.arange(rank, len(items), world_size)
     for part in tqdm(my_indices.split(256), desc="EWoK", leave=False, disable=rank != 0):

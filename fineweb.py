@@ -85,7 +85,6 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
     Threads use all cores: tiktoken releases the GIL and returns arrays, so nothing is pickled. At
     most four batches per core are in flight, so memory does not grow with the corpus.
     """
-    # Rust's regex engine has a cache for each thread, and the first one is the fastest.
     local = threading.local()
 
     def encode_batch(batch):
@@ -97,7 +96,6 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
             )
         return encode_documents(batch, local.enc, dtype)
 
-    # Results are taken in the order in which the batches were submitted.
     with ThreadPoolExecutor(num_cpus()) as pool:
         # Results are taken in the order in which the batches were submitted.
         in_flight = collections.deque()  # (future, state)
@@ -258,7 +256,6 @@ def main():
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"--out_dir={out_dir}: is a file, expected a folder")
     check_dataset()
-    # Lock the folder, so that no other process writes to it.
     enc = load_tokenizer(tokenizer)
     # Lock the folder, so that no other process writes to it.
     is_new = not os.path.exists(out_dir)

@@ -95,7 +95,6 @@ def score_completions(model, pairs, batch_tokens=0):
     if not batch_tokens:
         batch_tokens = 1024 if device.type == "cpu" else 16384
     # The longest rows first: a batch that is too large for memory fails at once.
-    # The longest rows first: a batch that is too large for memory fails at once.
     rows = build_rows(pairs, model.config.block_size)
     results = []
     while rows:

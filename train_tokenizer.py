@@ -91,12 +91,11 @@ def main():
     def training_texts():
         """Yield nineteen of every twenty documents; hold out the twentieth."""
         nonlocal size
-        # In parts: a very long text would slow the trainer down.
         for i, text in enumerate(documents):
             if i % 20 == 19:
                 held_out.append(text)
             else:
-                yield from split_text(text)
+                yield from split_text(text)  # in parts: a very long text slows the trainer down
             size += len(text.encode(errors="replace"))
             if 0 < max_bytes <= size:
                 break

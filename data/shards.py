@@ -108,6 +108,7 @@ def find_other_dtype(tokens):
     tokens = tokens[: len(tokens) // 4 * 4].reshape(-1, 4)
     if len(tokens) < 4 or not tokens.any():
         return ""
+    # Which of four neighbouring values are always zero?
     is_zero = [not column.any() for column in tokens.T]
     for zeros, dtype in (
         ([False, True, True, True], "<i8"),
@@ -183,6 +184,7 @@ class Shards:
         self.dataset = meta.get("dataset")
         name = meta["tokenizer"]
         self.enc = load_tokenizer(f"{data_dir}/{name}" if name.endswith(".json") else name)
+        # A tokenizer that was replaced after the shards were made would decode other text.
         vocab_size = meta.get("vocab_size", self.enc.n_vocab)
         if vocab_size != self.enc.n_vocab:
             raise UserError(
