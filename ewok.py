@@ -161,7 +161,7 @@ def score_items(model, enc, items, batch_tokens=0):
     pairs = []
     for item in items:
         contexts = [encode(enc, item[key]).tolist() for key in ("Context1", "Context2")]
-        # GPT-2's tokens of words start with a space: the target has one, and the context ends without.
+        # The space belongs to the target: GPT-2's tokens of words start with one.
         targets = [encode(enc, " " + item[key]).tolist() for key in ("Target1", "Target2")]
         for target in targets:
             pairs += [(context, target) for context in contexts]
@@ -175,6 +175,7 @@ def compare(sums, counts):
     def wins(a, b):
         return (a > b).double() + 0.5 * (a == b).double()  # 1 for a win, 0.5 for a tie
 
+    # Sums t and means m, a column each, in the order of score_items().
     t1c1, t1c2, t2c1, t2c2 = sums.T
     m1c1, m1c2, m2c1, m2c2 = (sums / counts).T
     return {

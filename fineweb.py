@@ -168,8 +168,7 @@ def write_shards(
 def make_demo_shards(out_dir, keep=False):
     """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
 
-    keep: do nothing if there are complete shards. Only the first process of a machine makes any;
-    the others find them.
+    keep: do nothing if there are complete shards. Only the first process of a machine makes any.
     """
     if env_int("LOCAL_RANK", 0) > 0:
         return

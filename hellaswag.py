@@ -61,7 +61,6 @@ def load_items(path="", split="val", limit=0):
 
     Raises UserError if the file cannot be loaded or one of its lines is not an item.
     """
-    # The file is kept next to the project's other data.
     if not path:
         path = download_split(split)
     items = []

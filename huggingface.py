@@ -49,7 +49,7 @@ def find_architecture(c):
         for key, value in {**defaults, **required}.items():
             if key not in ignored and config[key] != value:
                 different.append(f"{key}={config[key]}")
-        # mlp is free in NanoChat, but not that free.
+        # NanoChat has relu2 or GELU, but no SwiGLU.
         if architecture == "nanochat" and c.mlp == "swiglu":
             different.append("mlp=swiglu")
         if not different:
@@ -162,6 +162,7 @@ def rope_config_to_hf(c, architecture, intermediate_size):
         "rms_norm_eps": 1e-6 if is_nanochat else 1e-5,
         "attention_bias": False,
         "mlp_bias": False,
+        # Older versions of transformers read the first two, newer ones rope_parameters.
         "rope_theta": 1e4,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -225,6 +226,7 @@ def rope_from_hf_tensors(architecture, tensors, config):
     for ours, theirs in rope_names(
         architecture, config["n_layer"], config.get("tie_embeddings", True)
     ).items():
+        # Several of theirs make one of ours: query, key and value are c_attn.
         parts = []
         for name in theirs:
             weight = state.pop(f"{name}.weight")
@@ -254,6 +256,7 @@ def to_hugging_face(model, vocab_size):
         width = model.transformer.h[0].mlp.c_proj.in_features
         config = rope_config_to_hf(c, architecture, width)
         tensors = rope_to_hf_tensors(architecture, model.state_dict(), c)
+    # Tied weights are stored once, and the rows that pad the vocabulary not at all.
     if c.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
@@ -390,7 +393,6 @@ def read_weight_file(path):
 
 def tokenizer_from_folder(folder, vocab_size):
     """The tiktoken.Encoding of a Hugging Face folder: its own, or the one vocab_size implies."""
-    # Its own tokenizer, or one of the two that can be recognized by their size.
     files = ("tokenizer.json", "vocab.json")
     if any(os.path.exists(f"{folder}/{name}") for name in files):
         enc = load_tokenizer(folder)
@@ -399,6 +401,7 @@ def tokenizer_from_folder(folder, vocab_size):
                 f"{folder}: its tokenizer has {enc.n_vocab} tokens, its model only {vocab_size}"
             )
         return enc
+    # Without one, two tokenizers can be recognized by their size.
     if vocab_size == 257:
         return load_tokenizer("bytes")
     if 50257 <= vocab_size < 50257 + 64:  # perhaps padded

@@ -7,7 +7,7 @@ logits are equal too. The last fields of GPTConfig replace parts of GPT-2 by lat
 the defaults it is GPT-2.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))          # fresh weights
-    model, enc = load_model("latest")                                  # newest log/model_*.pt
+    model, enc = load_model("latest")                                  # the latest in log/
     model, enc = load_model("gpt2-xl")                                 # OpenAI's weights
 """
 
@@ -121,12 +121,12 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         # Query, key and value projections of all heads in one matrix; then the output projection.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # q, k, v, all heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
-        # Normalized queries and keys keep attention logits from growing during training.
         self.qk_norm = config.qk_norm
-        # RMSNorm in any case: what matters is the length of queries and keys.
-        if config.qk_norm:  # https://arxiv.org/abs/2302.05442
+        # Normalized queries and keys keep attention logits from growing during training: RMSNorm in
+        # any case, since only their length matters (https://arxiv.org/abs/2302.05442).
+        if config.qk_norm:
             if config.norm == "layernorm":
                 config = replace(config, norm="rmsnorm")
             head_size = config.n_embd // config.n_head
@@ -273,7 +273,6 @@ class GPT(nn.Module):
                 cos_sin = [t[:, None] for t in cos_sin]
         if self.config.embd_norm:
             x = self.transformer.ln_e(x)
-        # The blocks add to the residual stream one after the other.
         x = self._to_stream_dtype(x)
         for i, block in enumerate(self.transformer.h):
             block_cache = None if cache is None else cache[i]
@@ -310,6 +309,7 @@ class GPT(nn.Module):
         x = GPT.hidden(self, idx)  # not self.hidden, which FSDP wraps for calls from outside
         if targets is None:
             return GPT.logits(self, x)
+        # Autocast does not reach into a function with a backward pass of its own.
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))

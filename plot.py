@@ -308,7 +308,6 @@ CURVES = [
 
 def choose_panels(runs):
     """The functions (ax, runs) that draw what the runs have logged, in order."""
-    # Only what has been logged gets a panel.
     kinds = {kind for run in runs for kind in run.rows}
     panels = []
     if "train" in kinds or "val" in kinds:

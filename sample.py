@@ -84,7 +84,6 @@ def prepare_for_sampling(model, dtype, device):
     On CPUs, dtype "auto" means float16 for the weights of linear layers, if torch was built with
     FBGEMM: one row of 124M takes half the time of bfloat16, and its logits are closer to float32's.
     """
-    # Everywhere else, the whole model in one dtype.
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     # On GPUs and Macs, the whole model in one dtype.
     if device != "cpu" or not has_fbgemm or dtype not in ("auto", "float16"):

@@ -107,7 +107,8 @@ def score_completions(model, pairs, batch_tokens=0):
     for batch, losses in results:
         losses = losses.cpu().double()  # .cpu() first, since MPS has no float64
         for indices, targets in batch.slices:
-            sums[indices] -= losses[targets].sum()
+            for i in indices:  # the same pair can be in a batch several times
+                sums[i] -= losses[targets].sum()
     counts = torch.tensor([len(completion) for _, completion in pairs])
     return sums, counts
 

@@ -82,7 +82,7 @@ weight_decay = 0.1  # of AdamW's matrices and embeddings, or only of Muon's; mor
 beta1 = 0.9  # decay of AdamW's mean of gradients
 beta2 = 0.95  # decay of AdamW's mean of squared gradients
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
-# what to do every N steps; 0: never
+# evaluations, samples and logs
 eval_every = 250  # measure the validation loss every N steps; 0: never
 hellaswag_every = 250  # run HellaSwag (hellaswag.py) every N steps; 0: never
 hellaswag_limit = 0  # use only the first N items of HellaSwag; 0: all
@@ -393,7 +393,7 @@ def main(overrides):
         validation = evals.Validation(val_sources, B, T, val_tokens)
         evals.print_validation(ckpt, log_dir, device_name, validation, autocast, rank, world_size)
         return
-    # The micro-batch: as given, or the largest that fits the device and divides the step.
+    # The micro-batch: as given, or the largest below it that divides the step.
     max_B = B
     if device_name == "cpu" and "B" not in overrides:
         max_B = min(B, max(1, 8192 // T))  # larger batches are no faster on a CPU
@@ -424,10 +424,10 @@ def main(overrides):
     )
     # FSDP communicates in every block: one rank without memory would hang the others.
     if "B" not in overrides and device_name != "cpu" and not fsdp:
-        fit_memory(setup, T, total_batch_size, dtype, with_optimizer=not saved)
+        fit_memory(setup, T, total_batch_size, dtype)
     run.settings["B"] = setup.B
     for key in MODEL_KEYS:
-        run.settings[key] = getattr(model.config, key)  # those of the weights that were loaded
+        run.settings[key] = getattr(model.config, key)  # loaded weights decide the architecture
     print_summary(setup, run, compute_dtype)
     if run.step > max_steps:
         print0(f"nothing to do: the run is at step {run.step}, --max_steps={max_steps}")

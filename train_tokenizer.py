@@ -32,7 +32,7 @@ from script import UserError, run_as_script
 data = "fineweb-edu"  # the text to train on: a name or a path, as --dataset of fineweb.py
 subset = ""  # the subset of a dataset on the hub; empty: sample-10BT of fineweb(-edu)
 text_column = "text"  # the column that holds the text
-max_bytes = 100_000_000  # how many bytes of text to train on; 0: all
+max_bytes = 100_000_000  # how many bytes of text to read, a twentieth of it held out; 0: all
 vocab_size = 8192  # the number of tokens, including <|endoftext|>
 pattern = "gpt4"  # how to split text into pieces: gpt4 or gpt2
 out = "tokenizer.json"  # the file to write
@@ -106,7 +106,7 @@ def main():
         line = f"--data={data}: holds no text to train on; {documents.report()}"
         raise UserError(line.removesuffix("; "))
     if enc.n_vocab < vocab_size:
-        print(f"the text has pairs for {enc.n_vocab} tokens only, not {vocab_size}")
+        print(f"the text yields only {enc.n_vocab} tokens, not {vocab_size}")
     content = json.dumps(to_tokenizer_json(enc), ensure_ascii=False).encode()
     try:
         atomic_write(out, lambda f: f.write(content))

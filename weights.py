@@ -36,19 +36,20 @@ def resume_path(log_dir, step=-1):
     return f"{log_dir}/{name}"
 
 
-def checkpoint_steps(log_dir, prefix="model"):
-    """The steps of log_dir/model_*.pt, or of resume_*.pt, sorted."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    matches = [re.fullmatch(rf"{prefix}_(\d+)\.pt", name) for name in names]
-    return sorted(int(match[1]) for match in matches if match)
+def checkpoint_paths(log_dir, prefix="model"):
+    """{step: path} of log_dir/model_*.pt, or of resume_*.pt, sorted."""
+    paths = {}
+    for name in os.listdir(log_dir) if os.path.isdir(log_dir) else []:
+        match = re.fullmatch(rf"{prefix}_(\d+)\.pt", name)
+        if match:
+            paths[int(match[1])] = f"{log_dir}/{name}"
+    return dict(sorted(paths.items()))
 
 
 def last_checkpoint_message(log_dir):
     """Text for the end of an error message: the last checkpoint that there is."""
-    steps = checkpoint_steps(log_dir)
-    if not steps:
-        return "there is no checkpoint"
-    return f"the last good checkpoint is {model_path(log_dir, steps[-1])}"
+    paths = list(checkpoint_paths(log_dir).values())
+    return f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint"
 
 
 def find_checkpoint(ckpt, log_dir):
@@ -61,7 +62,7 @@ def find_checkpoint(ckpt, log_dir):
             )
         return ckpt
     # The highest step is the latest, whatever the files' dates.
-    paths = [model_path(log_dir, step) for step in checkpoint_steps(log_dir)]
+    paths = list(checkpoint_paths(log_dir).values())
     if not paths:
         raise UserError(
             f"no checkpoint in {log_dir}/: python train_gpt2.py makes one, --ckpt= or --init_from= "
@@ -89,7 +90,7 @@ def load_checkpoint(path, mmap=False):
     try:
         # weights_only refuses code. The stub lets build-nanogpt's pickled config object through.
         with torch.serialization.safe_globals([(NanoGPTConfigStub, "__main__.GPTConfig")]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return upgrade(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, it holds something other than tensors and plain values")
     except Exception as e:  # torch.load raises many types of exceptions on corrupt files
@@ -98,7 +99,6 @@ def load_checkpoint(path, mmap=False):
         if "resume" in os.path.basename(path):
             hint = "; --resume_step= goes back to an earlier one"
         raise UserError(f"{path}: not a complete checkpoint file ({reason}){hint}")
-    return upgrade(saved)
 
 
 def upgrade(saved):
@@ -122,7 +122,7 @@ def upgrade(saved):
 
 
 def rename(values):
-    """A dict with today's names for its keys. Not applied to weights and vocabularies."""
+    """A dict with today's names for its keys. Not for vocabularies, which have the word "tied"."""
     return {RENAMED.get(key, key): value for key, value in values.items()}
 
 

@@ -108,7 +108,7 @@ class Documents:
         if not reasons:
             return ""
         examples = f" ({'; '.join(self.examples)})" if self.examples else ""
-        return f"of {self.num_rows:,} rows were left out: {', '.join(reasons)}{examples}"
+        return f"left out of {self.num_rows:,} rows: {', '.join(reasons)}{examples}"
 
     def __iter__(self):
         if self.dataset == "tinyshakespeare":
@@ -133,7 +133,7 @@ class Documents:
             "position": None,
             "skipped": {},
         }
-        self.num_rows = start["rows"]
+        self.num_rows = start.get("rows", 0)  # a former version had none
         self.skipped = collections.Counter(start["skipped"])
         num_documents = start["documents"]
         for row, file, position, location in self._rows(start["file"], start["position"]):
@@ -208,6 +208,7 @@ class Documents:
 
     def _check_bad_rows(self, min_rows):
         """Raise UserError if over 1% of the rows (at least min_rows) are unreadable."""
+        # A few damaged rows are normal; many mean that the file is not what it seems.
         bad = self.skipped["unreadable"]
         if bad > 3 and 100 * bad > max(min_rows, self.num_rows):
             raise UserError(f"{self.dataset}: too many rows cannot be read; {self.report()}")

@@ -170,6 +170,7 @@ def parse_mixture(data_dir):
 def open_sources(data_dir):
     """{Shards: weight, a Fraction} of a data_dir. All folders must have the same tokenizer."""
     mixture = {Shards(folder): weight for folder, weight in parse_mixture(data_dir).items()}
+    # One model reads them all.
     first, *others = mixture
     for shards in others:
         shards.check_tokenizer(first.data_dir, first.enc)
@@ -222,7 +223,6 @@ class MixtureLoader:
         Ranks take turns of B sequences. Each batch is an int64 array (B, T + 1): the inputs are all
         but the last column, the targets all but the first.
         """
-        # Rank r takes the r-th B sequences of each round.
         for n in range(first + rank * B, first + count, world_size * B):
             yield np.stack([self.read(i) for i in range(n, n + B)])
 

@@ -14,6 +14,7 @@ import collections
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -120,8 +121,7 @@ def read_csv(path, columns, position):
     with io.TextIOWrapper(
         open_decompressed(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as f:
-        reader = csv.reader(f, delimiter=delimiter, strict=True)
-        names = next(reader, None)
+        names = next(csv.reader(f, delimiter=delimiter, strict=True), None)
         if names is None:
             return
         if not names:
@@ -130,20 +130,35 @@ def read_csv(path, columns, position):
         for name in columns:
             if names.count(name) > 1:
                 raise ValueError(f"several columns are called {name!r}")
-        for number, row in enumerate(csv_rows(reader, names), start=1):
+        for number, row in enumerate(csv_rows(f, delimiter, names), start=1):
             if number > num_done:
                 yield row, [number]
 
 
-def csv_rows(reader, names):
-    """Yield the rows of a csv.reader as dicts; an UnreadableRow where the quoting is wrong."""
+def csv_rows(f, delimiter, names):
+    """Yield the rows of a CSV file as dicts; an UnreadableRow where the quoting is wrong."""
+    row_lines = []  # the lines of the current row; None at the end of the file
+
+    def lines():
+        for line in f:
+            row_lines.append(line)
+            yield line
+        row_lines.append(None)
+
+    unread = lines()
+    reader = csv.reader(unread, delimiter=delimiter, strict=True)
     while True:
+        row_lines.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as e:
-            if "end of data" in str(e):  # a quotation without an end: the rest of the file is in it
+            # The row can go on in the next lines: a reader that is not strict finds its end.
+            if row_lines[-1] is not None:
+                next(csv.reader(itertools.chain(list(row_lines), unread), delimiter=delimiter))
+            # A quotation without an end: the rest of the file is in it.
+            if row_lines[-1] is None:
                 raise
             yield UnreadableRow(f'{e}; in a field a " is written ""')
             continue
@@ -340,4 +355,4 @@ def walk(path):
         seen.add(real_path)
         for name in names:
             if not name.startswith("."):  # macOS writes ._a.txt beside a.txt
-                yield f"{folder}/{name}"
+                yield os.path.join(folder, name)  # the folder may end in a slash

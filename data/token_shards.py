@@ -38,6 +38,7 @@ def list_token_shards(repository, max_tokens):
         )
     # Validation shards first: training needs both kinds to start.
     names = [name for name in sizes if name.endswith(".bin")]
+    # Validation first: training needs it from the start, and the other shards in order.
     names.sort(key=lambda name: ("val" not in name, name))
     chosen = {}
     tokens = 0
@@ -75,6 +76,7 @@ def fetch_files(repository, sizes, out_dir):
         # huggingface_hub continues a partial file, and renames it when it is complete.
         kwargs = {"repo_type": "dataset", "local_dir": out_dir, "tqdm_class": Progress}
         path = hf_hub_download(repository, name, **kwargs)
+        # A file of another size, which was there before, would be taken for complete.
         if os.path.getsize(path) != sizes[name]:
             path = hf_hub_download(repository, name, **kwargs, force_download=True)
         return path

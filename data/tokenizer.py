@@ -200,6 +200,7 @@ def to_tokenizer_json(enc):
 
 def bpe_merges(ranks):
     """The pair of tokens that each token of a BPE is merged from, in order of rank."""
+    # A tokenizer.json needs the merges; tiktoken keeps only the tokens that they lead to.
     merges = []
     for token in sorted(ranks, key=ranks.get):
         # Encode the token with only the merges that have a lower rank, until two parts are left.

@@ -57,9 +57,10 @@ def in_wandb(folder):
                     (i.key or "/".join(i.nested_key)): json.loads(i.value_json)
                     for i in record.history.item
                 }
+                step = row.pop("step")
                 for key, value in row.items():
                     if not key.startswith("_"):
-                        found.setdefault(key, {})[int(row["_step"])] = value
+                        found.setdefault(key, {})[step] = value
     assert len(ids) == 1, "every start continues the same run"
     return {key: sorted(values.items()) for key, values in found.items()}
 

@@ -14,6 +14,7 @@ import hellaswag
 from model import GPT, GPTConfig, load_model
 from scoring import score_completions
 from script import UserError
+from training.logdir import LogDir
 
 import pytest
 import requests
@@ -110,6 +111,16 @@ def test_completions_longer_than_the_context(model):
         piece = completion[start : start + 48]
         expected += brute_force(model, (context + completion[:start])[-(97 - len(piece)) :], piece)
     assert sums[0].item() == pytest.approx(expected, abs=1e-3) and counts[0] == 150
+
+
+def test_a_long_completion_that_repeats_itself():
+    """Its pieces are the same pair of context and completion, in one batch."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=16)).eval()
+    sums, counts = score_completions(model, [([5], [5] * 40)])
+    expected = sum(
+        brute_force(model, ([5] * (1 + start))[-5:], [5] * 4) for start in range(0, 40, 4)
+    )
+    assert sums[0].item() == pytest.approx(expected, abs=1e-3) and counts[0] == 40
 
 
 def test_scores_of_a_compiled_model_do_not_compile(model):
@@ -672,7 +683,7 @@ def test_two_graphs_in_the_life_of_a_run(shards, tmp_path, monkeypatch, fsdp):
     assert len(read_log(tmp_path / "log", "hella")) == len(read_log(tmp_path / "log", "ewok")) == 3
 
 
-def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc):
+def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc, monkeypatch):
     """Appended at each evaluation, rewound when the run is resumed; the script has its own file."""
     items, files = members()
     write_zip(tmp_path / "ewok_fast_jsonl.zip", files)
@@ -705,7 +716,10 @@ def test_items_of_ewok_from_inside_the_run(run, shards, tmp_path, at_step, enc):
         "wrote log/ewok_items_latest.jsonl" in out
         and len(read_jsonl(tmp_path / "log" / "ewok_items.jsonl")) == 144
     )
+    sent = []
+    monkeypatch.setattr(LogDir, "_send", lambda log, step, kind, values: sent.append(kind))
     run("train_gpt2.py", *args, "--resume", "--max_steps=5")  # beside a file without steps
+    assert "ewok" in sent and "ewok_item" not in sent  # dashboards never get the items
     assert len(read_jsonl(tmp_path / "log" / "ewok_items_latest.jsonl")) == 48
 
 

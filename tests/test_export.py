@@ -286,7 +286,7 @@ def test_max_bytes(run, tmp_path):
     assert 5000 <= size < 5200 and "left out" not in out
     out = run("train_tokenizer.py", "--data=texts.jsonl", "--vocab_size=300", "--out=all.json")
     assert (
-        f"of {len(texts) + 1} rows were left out: 1 unreadable (texts.jsonl line {len(texts) + 1}: "
+        f"left out of {len(texts) + 1} rows: 1 unreadable (texts.jsonl line {len(texts) + 1}: "
         in out
     )
 

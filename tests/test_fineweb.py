@@ -356,7 +356,7 @@ def test_read_text(tmp_path):
     ("args", "message"),
     [
         (["--dataset=gone"], r"gone: no such file or folder; known names: fineweb-edu, "),
-        (["--dataset=empty.jsonl"], r"out would be empty: of 1 rows were left out: 1 without text"),
+        (["--dataset=empty.jsonl"], r"out would be empty: left out of 1 rows: 1 without text"),
         (["--dataset=folder"], r"folder: no data files here; expected \.txt, \.md, \.jsonl"),
         (
             ["--dataset=d.jsonl", "--text_column=body"],

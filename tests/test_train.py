@@ -19,10 +19,11 @@ import device
 import fineweb
 from fineweb import write_shards
 from model import GPT, GPTConfig, load_model
-from training import evals
+from script import UserError
+from training import checkpoint, evals
 from training.micro_batch import fit_memory
 from training.optimizers import AdamW
-from weights import load_checkpoint
+from weights import find_checkpoint, load_checkpoint
 
 import numpy as np
 from PIL import Image
@@ -590,7 +591,7 @@ def test_out_of_memory_halves_B(capsys, kind):
         )
 
     found = setup(model, 2)
-    fit_memory(found, **batch, with_optimizer=True)
+    fit_memory(found, **batch)
     expected = {"plain": [(16, "eager"), (8, "eager"), (4, "eager"), (2, "eager"), (2, "compiled")]}
     expected["compiled"] = [
         (16, "eager"),
@@ -608,7 +609,7 @@ def test_out_of_memory_halves_B(capsys, kind):
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        fit_memory(setup(broken, 1), **batch, with_optimizer=True)
+        fit_memory(setup(broken, 1), **batch)
 
 
 def test_a_process_alone_without_memory_halves_B_for_all(tmp_path):
@@ -732,6 +733,47 @@ def test_a_full_disk(run, shards, tmp_path, monkeypatch, where):
     assert not list((tmp_path / "full").glob("*.tmp"))
     run("train_gpt2.py", "--resume", "--log_dir=full")
     assert_same_run(tmp_path / "log", tmp_path / "full")
+
+
+def test_a_state_of_another_context_and_errors_that_are_not_its_fault(monkeypatch):
+    models = [
+        GPT(GPTConfig(block_size=n, vocab_size=257, n_layer=1, n_head=2, n_embd=16))
+        for n in (8, 16)
+    ]
+    optimizers = [AdamW.configure(model, 0.1, 1e-3, (0.9, 0.95)) for model in models]
+    models[0](torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
+    optimizers[0][0].step()
+    _, states = checkpoint.full_state_dicts(models[0], optimizers[0])
+    saved = {"settings": {}, "optimizers": states, "scaler": {}}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(UserError, match=r"log/resume\.pt: does not belong to the model next to it"):
+        checkpoint.restore("log", models[1], optimizers[1], scaler, saved)
+    for error in (torch.OutOfMemoryError("out of memory"), torch.distributed.DistError("lost")):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoint, "restore_optimizer", fail)
+        with pytest.raises(type(error)):
+            checkpoint.restore("log", models[0], optimizers[0], scaler, saved)
+
+
+def test_files_of_other_programs_and_of_former_versions(run, shards, tmp_path):
+    torch.save({"data": None, "optimizers": {"a": 1}}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=r"theirs\.pt: not a complete checkpoint file"):
+        load_checkpoint(str(tmp_path / "theirs.pt"))
+    run("train_gpt2.py", *SMALL)
+    out = run("train_gpt2.py", "--resume", "--preset=auto", "--max_steps=9")
+    assert "resuming log at step 8 with max_steps=9 instead of 8\n" in out
+    # a name that this trainer would not choose
+    (tmp_path / "log" / "model_00009.pt").rename(tmp_path / "log" / "model_9.pt")
+    assert find_checkpoint("latest", str(tmp_path / "log")) == str(tmp_path / "log" / "model_9.pt")
+    (tmp_path / "log" / "model_9.pt").rename(tmp_path / "log" / "model_00009.pt")
+    saved = torch.load(tmp_path / "log" / "resume.pt")
+    saved["settings"]["optimizer"] = "muon1"
+    torch.save(saved, tmp_path / "log" / "resume.pt")
+    with pytest.raises(SystemExit, match=r"--optimizer=muon1: choose adamw or muon"):
+        run("train_gpt2.py", "--resume", "--max_steps=10")
 
 
 class Malice:
@@ -1073,7 +1115,7 @@ def test_demo_downloads_tiny_shakespeare(run, tmp_path, monkeypatch):
         ([*SMALL, "--min_lr=-1"], r"--min_lr=-1\.0: must be at least 0"),
         (
             [*SMALL, "--max_lr=1e-4"],
-            r"--min_lr=0\.001: is more than --max_lr=0\.0001; use --min_lr=1e-05",
+            r"--min_lr=0\.001 is more than --max_lr=0\.0001; use --min_lr=1e-05",
         ),
         ([*SMALL, "--beta2=1"], r"--beta1=0\.9 --beta2=1\.0: must be less than 1"),
         (

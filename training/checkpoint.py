@@ -10,12 +10,13 @@ import shlex
 import shutil
 
 from files import atomic_write
-from script import UserError, env_int, print0
+from script import UserError, env_int, is_out_of_memory, print0
 from training.distributed import all_true, broadcast_int
 from training.schedule import extend_run
-from weights import checkpoint_steps, load_checkpoint, model_path, resume_path
+from weights import checkpoint_paths, load_checkpoint, model_path, resume_path
 
 import torch
+import torch.distributed as dist
 
 COMMAND_SETTINGS = ("log_dir", "resume", "resume_step")  # they belong to a command, not to a run
 
@@ -24,13 +25,13 @@ COMMAND_SETTINGS = ("log_dir", "resume", "resume_step")  # they belong to a comm
 class Run:
     """The state of a run besides its weights and optimizers; resume.pt stores it.
 
-    To checkpoint another counter, add a field with a plain value as its default, which runs have
-    that were saved without it.
+    To checkpoint another counter, add a field with a plain default, which runs that were saved
+    without it get.
     """
 
     settings: dict  # the trainer's settings
     defaults: dict  # the defaults of these settings in the trainer's file
-    data: list  # Mixture.fingerprint()
+    data: list  # MixtureLoader.fingerprint()
     compute_dtype: str  # the dtype it computes in
     step: int  # updates made
     tokens: int  # tokens read for them
@@ -66,7 +67,7 @@ def full_state_dicts(model, optimizers):
         if hasattr(optimizer, "consolidate_state"):
             optimizer.consolidate_state()
         state = {"state": {}, "param_groups": []}
-        if optimizer.state:  # torch would make one by a step of its own, before the first update
+        if optimizer.state:  # before the first update torch would take a step to make it
             state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
         states.append(state)
     # With FSDP, tied weights arrive as two tensors.
@@ -77,7 +78,7 @@ def full_state_dicts(model, optimizers):
 
 
 def save_tensors(path, state):
-    """torch.save() to a complete file or none; raises the OSError of a full disk."""
+    """Atomic torch.save(). Raises OSError if the disk is full."""
 
     def write(f):
         try:
@@ -106,21 +107,19 @@ def load_resume(log_dir, step=-1, mmap=False):
 
     Raises UserError if it is damaged or its model is missing.
     """
-    # Other checkpoints that could be resumed, for the messages.
-    # For messages: the earlier steps to which the run could go back.
     path = resume_path(log_dir, step)
+    # For messages: the earlier steps to which the run could go back.
     others = ""
-    steps = [
-        s for s in checkpoint_steps(log_dir, "resume") if os.path.exists(model_path(log_dir, s))
-    ]
+    models = checkpoint_paths(log_dir)
+    steps = [s for s in checkpoint_paths(log_dir, "resume") if s in models]
     if steps:
         others = f"; --resume_step= goes back to {', '.join(map(str, steps))}"
     if not os.path.exists(path):
         if step >= 0:
             raise UserError(f"{path}: there is none{others}")
         return None
-    # Whatever a Run needs and has no default for must be there.
     saved = load_checkpoint(path, mmap)
+    # Whatever a Run needs and has no default for must be there.
     required = {"optimizers", "scaler"}
     for field in dataclasses.fields(Run):
         if field.default is dataclasses.MISSING:
@@ -137,12 +136,12 @@ def load_resume(log_dir, step=-1, mmap=False):
     return saved
 
 
-def describe_changes(saved, overrides):
+def describe_changes(saved, overrides, settings):
     """What the command line changes in a resumed run: " with B=8 instead of 4", or ""."""
     changes = []
     for key, old in run_settings(saved["settings"]).items():
-        if overrides.get(key, old) != old:
-            changes.append(f"{key}={overrides[key]} instead of {old}")
+        if key in overrides and settings[key] != old:
+            changes.append(f"{key}={settings[key]} instead of {old}")
     if not changes:
         return ""
     note = ""
@@ -152,7 +151,7 @@ def describe_changes(saved, overrides):
 
 
 def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtype):
-    """The Run: a new one, or the one that `saved`, the dict of resume.pt, holds.
+    """The Run: a new one, or the one in resume.pt (`saved`).
 
     Raises UserError if the run has read other shards, if it has computed in another dtype and the
     command line (overrides) does not choose one, or if ranks have found different files.
@@ -180,7 +179,8 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
                 "choose with --dtype="
             )
         extend_run(run, run.settings | saved["settings"])
-        print0(f"resuming {log_dir} at step {run.step}{describe_changes(saved, overrides)}")
+        changes = describe_changes(saved, overrides, settings)
+        print0(f"resuming {log_dir} at step {run.step}{changes}")
     # On several machines, each must see the same log folder.
     if not all_true(run.step == broadcast_int(run.step)):
         rank = env_int("RANK", 0)
@@ -236,10 +236,13 @@ def restore(log_dir, model, optimizers, scaler, saved):
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             if state["state"]:
                 restore_optimizer(model, optimizer, state)
-    except (ValueError, KeyError, RuntimeError, AttributeError):
+    except (ValueError, KeyError, RuntimeError, AttributeError) as e:
+        if is_out_of_memory(e) or isinstance(e, dist.DistError):
+            raise
         raise UserError(
             f"{log_dir}/resume.pt: does not belong to the model next to it; both are needed"
         )
+    # Only float16 scales the loss; a run can continue in another dtype.
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
 
@@ -254,6 +257,11 @@ def restore_optimizer(model, optimizer, state):
         for group in optimizer.param_groups:
             named_groups.append({**group, "params": [names[p] for p in group["params"]]})
         state = {"state": by_name, "param_groups": named_groups}
+    # Not every size of a model is a setting: block_size is not.
+    for name, p in model.named_parameters():
+        for value in state["state"].get(name, {}).values():
+            if torch.is_tensor(value) and value.dim() == p.dim():
+                value.expand(p.shape)  # a RuntimeError if it belongs to another shape
     # Loading also replaces the options of the groups, such as the weight decay: keep today's.
     groups = [dict(group) for group in optimizer.param_groups]
     dcp = import_state_dict()

@@ -111,7 +111,7 @@ def explain_distributed_error(error):
         hint = "install g++ and python3-dev, or --compile=False"
         return f"torch.compile found no C++ compiler or Python headers: {hint}"
     if "no kernel image" in first_line:
-        hint = "install one that is (for a V100, one for CUDA 12)"
+        hint = "install a build that supports it (a V100 needs CUDA 12)"
         return f"torch {torch.__version__} is not built for this GPU: {hint}"
     return explain_error(error)
 
@@ -170,14 +170,13 @@ def all_finite(tensors):
     # Every rank looks at its own shards.
     flag = True
     for t in tensors:
-        # Each rank checks its own shard.
         local = t.to_local() if is_dtensor(t) else t
         flag = flag and bool(local.isfinite().all())
     return all_true(flag)
 
 
-class Interrupted(Exception):
-    """A stop was requested in the middle of an evaluation."""
+class Interrupted(BaseException):
+    """A stop was requested in the middle of an evaluation. No `except Exception` catches it."""
 
 
 class StopRequests:
@@ -235,7 +234,7 @@ class StopRequests:
 
 
 def wait_for_data(loader, n, stop, timeout_minutes):
-    """Wait until sequence n of a Mixture exists on every rank.
+    """Wait until sequence n of a MixtureLoader exists on every rank.
 
     Returns "", or the reason to stop: "interrupted", or "data_timeout" if fineweb.py has not
     touched meta.json for timeout_minutes. Looks every 5 seconds. All ranks call it, and none waits

@@ -129,7 +129,6 @@ def validation_sources(train_sources, val_dir, max_tokens):
 
     Warns about sources without validation tokens, and leaves them out.
     """
-    # The validation shards must have the tokenizer of the training shards.
     candidates = open_sources(val_dir) if val_dir else train_sources
     # The model has the tokenizer of the training shards: the others must have it too.
     first, *_ = train_sources
@@ -219,7 +218,7 @@ def write_sample(context, prompt, max_new_tokens, seed, run, log):
         return
     # Fresh weights would only make noise.
     if run.step == 0 and not run.settings["init_from"]:
-        return  # fresh weights only make noise
+        return
     # The same prompt and the same seed each time, so that samples can be compared.
     enc = context.enc
     device = context.model.lm_head.weight.device
@@ -269,6 +268,7 @@ def periodic_tasks(s, eval_scripts, context, validation, loader):
         items = load_eval_items(script, limit) if every else None
         if items:
             tasks[script.KIND] = (every, partial(run_eval, context, script, items, log_items))
+    # Last come those that need no validation data and no items.
     prompt = s["sample_prompt"]
     sample = partial(write_sample, context, prompt, s["sample_tokens"], s["seed"])
     tasks["sample"] = (s["sample_every"], sample)

@@ -38,7 +38,7 @@ from training.checkpoint import (
     save_tensors,
 )
 from training.distributed import all_finite
-from weights import checkpoint_steps, last_checkpoint_message, model_path, resume_path
+from weights import checkpoint_paths, last_checkpoint_message, model_path, resume_path
 
 RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"
 CHECKPOINTS = r"(model|resume)_(\d+)\.pt"
@@ -98,11 +98,10 @@ class LogDir:
                 self.records_to_replay = self._rewind(saved["step"], saved.get("evaluated_step"))
         except OSError as e:
             raise UserError(f"--log_dir={self.path}: cannot write there ({e.strerror})")
-        # Models may have been deleted by hand: only those that exist count.
         # Models may have been deleted by hand: list only those that exist.
         losses = saved.get("checkpoints", {}) if saved else {}
         # {step: validation loss, or None if it was not measured} of the model files
-        self.checkpoints = {step: losses.get(step) for step in checkpoint_steps(self.path)}
+        self.checkpoints = {step: losses.get(step) for step in checkpoint_paths(self.path)}
 
     def _check_unchanged(self, settings, saved):
         """Raise UserError if another run has saved here since resume.pt was read."""
@@ -180,7 +179,7 @@ class LogDir:
                         # At the step itself, evaluations come first, and then the update.
                         is_evaluation = record_step == step and kind != "train"
                         stays = is_evaluation and evaluated_step == step
-                        if stays and record:
+                        if stays and record and name == "metrics.jsonl":
                             replay.append(record)
                     if stays:
                         lines.append(line)
@@ -230,10 +229,9 @@ class LogDir:
     def save(self, run, setup, val_loss=None):
         """Save a checkpoint of a Run and the trainer's Setup, unless the last one has this state.
 
-        All ranks call it.
-
-        Raises UserError if a parameter is not finite: a broken model never replaces a good one.
-        With keep_checkpoints=N, only the newest N models and the best by validation loss are kept.
+        All ranks call it. Raises UserError if a parameter is not finite: a broken model never
+        replaces a good one. With keep_checkpoints=N, only the newest N models and the best by
+        validation loss are kept.
         """
         if (run.step, run.evaluated_step) == self.saved_state:
             return
@@ -262,7 +260,7 @@ class LogDir:
             save_tensors(path, model_file)
             is_new = run.step not in self.checkpoints  # not saved before its evaluations
             self.checkpoints[run.step] = val_loss
-            for f in self._files.values():  # so that a power cut cannot take records before it
+            for f in self._files.values():  # after a power cut no record before it may be missing
                 os.fsync(f.fileno())
             resume_file = {
                 **dataclasses.asdict(run),
@@ -312,7 +310,6 @@ class LogDir:
             if self._plotting:
                 self._plotting.wait(timeout)
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            # A process of its own: drawing takes seconds, and its errors are not the run's.
             self._plotting = subprocess.Popen(
                 [sys.executable, f"{root}/plot.py", f"--logs={self.path}"],
                 stdout=subprocess.DEVNULL,
@@ -329,7 +326,9 @@ class LogDir:
         if s["tensorboard"]:
             self._add_dashboard("tensorboard", open_tensorboard, self.path, run.step)
         if s["wandb"]:
-            run.wandb_id = run.wandb_id or uuid.uuid4().hex[:8]
+            # A run that went back to a step is a new line next to the old one.
+            if not run.wandb_id or s["resume_step"] >= 0:
+                run.wandb_id = uuid.uuid4().hex[:8]
             self._add_dashboard("wandb", open_wandb, self.path, s, run.wandb_id)
 
     def _add_dashboard(self, name, open_dashboard, *args):
@@ -383,7 +382,6 @@ def open_wandb(folder, settings, run_id):
     """(send, close) for a run at Weights & Biases; a resumed run continues the one with its id."""
     import wandb
 
-    # resume="allow": a new run, or the one with this id.
     run = wandb.init(
         id=run_id,
         resume="allow",
@@ -392,9 +390,12 @@ def open_wandb(folder, settings, run_id):
         config=run_settings(settings),
         dir=folder,
     )
+    # log(step=) drops steps before the last one, which a run has again after it was killed.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
 
     def send(step, numbers):
-        run.log(numbers, step=step)
+        run.log({"step": step, **numbers})
 
     return send, run.finish
 
@@ -403,7 +404,7 @@ def open_log(run, saved, loader, model, writes):
     """The LogDir of a Run, with its first record and its dashboards."""
     s = run.settings
     # Check what can be missing before any file is moved.
-    for name in ("wandb", "tensorboard"):  # before anything is moved
+    for name in ("wandb", "tensorboard"):
         if s[name] and importlib.util.find_spec(name) is None:
             raise UserError(f"--{name}={s[name]} needs {name}: pip install {name}")
     log = LogDir(s, saved, writes)

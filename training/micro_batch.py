@@ -32,21 +32,17 @@ def largest_micro_batch(max_B, is_exact, T, total_batch_size, world_size):
     )
 
 
-def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
-    """Halve B of a trainer's Setup until a micro-batch fits into the memory of every process.
-
-    with_optimizer: reserve memory for the state that the optimizers do not have yet.
-    """
+def fit_memory(setup, T, total_batch_size, dtype):
+    """Halve B of a trainer's Setup until a micro-batch fits into the memory of every process."""
 
     def micro_step():
-        # The first real step will also need room for the state of the optimizers.
+        # The first update will also need room for the state that optimizers do not have yet.
         optimizer_state = []  # held until after the backward pass, as the real one will be
-        if with_optimizer:
-            for opt in setup.optimizers:
-                for group in opt.param_groups:
-                    for p in group["params"]:
-                        for _ in range(opt.state_floats_per_param):
-                            optimizer_state.append(torch.empty_like(p))
+        for opt in setup.optimizers:
+            if not opt.state:
+                params = [p for group in opt.param_groups for p in group["params"]]
+                for p in params * opt.state_floats_per_param:
+                    optimizer_state.append(torch.empty_like(p))
         x = torch.zeros(setup.B, T, dtype=torch.long, device=setup.device)
         y = x.clone()  # the same tensor twice would compile another graph
         with pick_autocast(dtype, setup.device, cache_weights=False):
@@ -58,8 +54,7 @@ def fit_memory(setup, T, total_batch_size, dtype, with_optimizer):
     # Eager mode first: there, out of memory shows after a second, not after compiling for a minute.
     for stance in ("force_eager", "default"):
         with torch.compiler.set_stance(stance):
-            # Half of B fits sooner or later; a model that does not fit with B=1 fails in the first
-            # step.
+            # Halve B until it fits; if B=1 does not, the first step says so.
             while setup.B > 1 and not try_step(micro_step, setup.model):
                 print0(f"out of memory with --B={setup.B}: halving it; the result stays the same")
                 setup.B = largest_micro_batch(

@@ -8,7 +8,8 @@ hyperparameters_at(step)                    options of its groups that change du
 state_floats_per_param                      the size of its state, in floats per parameter
 scales_weight_decay                         whether shorter runs get more weight decay (schedule.py)
 
-A parameter group can have an `lr_scale`, by which the trainer multiplies the learning rate. Muon
+The state of a parameter must hold a tensor, or torch's checkpoints cannot store it. A parameter
+group can have an `lr_scale`, by which the trainer multiplies the learning rate. Muon
 also has consolidate_state(), since its state is spread over ranks.
 """
 
@@ -47,6 +48,7 @@ def split_parameters(model, parameters):
     An untied embedding has no weight decay and EMBEDDING_LR_SCALE times the learning rate, since a
     step has gradients for only a few of its rows.
     """
+    # A tied embedding is also the output layer, which has gradients for all of its rows.
     embedding = None if model.config.tie_embeddings else model.transformer.wte.weight
     others = [p for p in parameters if p is not embedding]
     matrices = [p for p in others if p.dim() >= 2]

@@ -18,6 +18,7 @@ AT_LEAST_1 = (
     "n_layer", "n_head", "n_embd", "B", "T", "total_batch_size",
     "val_tokens", "sample_tokens", "max_bad_steps",
 )  # fmt: skip
+SCHEDULES = ("cosine", "wsd")
 MINIMUM = {"plot_every": -1, "resume_step": -1, **dict.fromkeys(AT_LEAST_1, 1)}
 
 
@@ -66,6 +67,8 @@ def resumed_settings(saved, overrides, preset_settings, immutable):
     old = saved["settings"]
     defaults = preset_settings(old["preset"])
     settings = {key: old.get(key, default) for key, default in defaults.items()}
+    check_choice("optimizer", settings["optimizer"], tuple(OPTIMIZERS))
+    check_choice("schedule", settings["schedule"], SCHEDULES)
     if overrides.get("preset") == "auto":
         overrides = {**overrides, "preset": old["preset"]}
     for key in immutable:
@@ -103,17 +106,19 @@ def check_settings(s):
     for key, value in s.items():
         if not isinstance(value, str):
             check_min(MINIMUM.get(key, 0), **{key: value})
+    # A seed must fit a 64-bit integer.
     if s["seed"] >= 1 << 63:
         raise UserError(f"--seed={s['seed']}: must be less than 2^63")
     check_choice("optimizer", s["optimizer"], tuple(OPTIMIZERS))
-    check_choice("schedule", s["schedule"], ("cosine", "wsd"))
+    check_choice("schedule", s["schedule"], SCHEDULES)
     check_schedule(s)
+    # Settings that are each fine, but not together.
     if s["ckpt"] != "latest" and not s["eval_only"]:
         hint = "--init_from= starts from weights, --resume_step= goes back"
         raise UserError(f"--ckpt= is for --eval_only=True; {hint}")
     if s["min_lr"] > s["max_lr"]:
         raise UserError(
-            f"--min_lr={s['min_lr']}: is more than --max_lr={s['max_lr']}; use "
+            f"--min_lr={s['min_lr']} is more than --max_lr={s['max_lr']}; use "
             f"--min_lr={s['max_lr'] / 10:g}"
         )
     if max(s["beta1"], s["beta2"]) >= 1:
