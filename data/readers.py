@@ -154,7 +154,7 @@ def csv_rows(f, delimiter, names):
         except StopIteration:
             return
         except csv.Error as e:
-            # The row can go on in the next lines: a reader that is not strict finds its end.
+            # The row can continue in the next lines: a reader that is not strict finds its end.
             if row_lines[-1] is not None:
                 next(csv.reader(itertools.chain(list(row_lines), unread), delimiter=delimiter))
             # A quotation without an end: the rest of the file is in it.

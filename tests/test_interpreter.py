@@ -1,4 +1,4 @@
-"""Every public function, called with bad input in a live interpreter, which goes on."""
+"""Every public function with bad input, in an interpreter that survives each error."""
 
 import os
 import subprocess

@@ -94,7 +94,7 @@ def test_one_document_gives_its_last_tenth_to_validation(tmp_path):
 
 
 def make_loader(folder, sizes, T, seed=0):
-    """A ShardLoader over training shards of random bytes, of so many tokens each."""
+    """A ShardLoader over training shards of random bytes, with these numbers of tokens."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     names = [f"x_train_{i:06d}.npy" for i in range(len(sizes))]

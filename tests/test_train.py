@@ -327,7 +327,7 @@ def test_resume_under_other_conditions(run, shards, tmp_path, at_step):
 
 
 def test_stopped_while_waiting_for_shards(run, shards, tmp_path, monkeypatch):
-    """A folder that fineweb.py does not continue: Ctrl-C saves; with more, --resume goes on."""
+    """A folder that fineweb.py does not continue: Ctrl-C saves; --resume continues with more."""
     run("train_gpt2.py", *SMALL)
     meta = json.loads((shards / "meta.json").read_text())
     part = meta | {
@@ -713,7 +713,7 @@ def test_a_folder_in_use(run, spawn, shards, tmp_path):
 
 @pytest.mark.parametrize("where", ["model_00006.pt.tmp", "resume.pt.tmp", "log.txt"])
 def test_a_full_disk(run, shards, tmp_path, monkeypatch, where):
-    """The run ends with one line; what was saved is whole, and --resume goes on from it."""
+    """The run ends with one line; what was saved is whole, and --resume continues from it."""
     run("train_gpt2.py", *SMALL)
     real, full = os.fsync, []
 
