@@ -1,5 +1,6 @@
 """Files that are complete or absent: atomic writes, locked folders, downloads."""
 
+import errno
 import os
 import time
 
@@ -8,6 +9,9 @@ from script import UserError
 import filelock  # torch and datasets depend on it
 import requests
 from tqdm import tqdm
+
+# What flock says on NFS, Lustre and other file systems without locks.
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 def atomic_write(path, write):
@@ -25,30 +29,59 @@ def atomic_write(path, write):
         raise
 
 
+def acquire_lock(path, timeout):
+    """Lock a file until the lock is released or this process ends; returns the lock.
+
+    Waits `timeout` seconds (-1: for ever) for another process that holds it, then raises
+    filelock.Timeout. Warns and returns a lock that is not held if the file system has none.
+    """
+    # A lock of the operating system, which ends with the process, however that ends.
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError) as e:  # filelock's word for ENOSYS, before version 4
+        if isinstance(e, OSError) and e.errno not in NO_LOCKS:
+            raise
+        folder = os.path.dirname(path)
+        print(f"warning: the file system of {folder}/ has no locks: nothing else may write to it")
+    return lock
+
+
 def lock_folder(folder):
     """Make the folder and lock it until this process ends. Returns the lock, which must be kept.
 
     Raises UserError if another process holds it.
     """
-    # A lock of the operating system, which ends with the process, however that ends.
     os.makedirs(folder, exist_ok=True)
-    lock = filelock.FileLock(f"{folder}/.lock")
     try:
-        lock.acquire(timeout=0)
+        return acquire_lock(f"{folder}/.lock", timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{folder}/ is in use by another process that writes to it: wait, or choose another"
         )
-    except NotImplementedError:
-        print(f"warning: the file system of {folder}/ has no locks: nothing else may write to it")
-    return lock
+
+
+def is_locked(folder):
+    """Whether a process holds the lock of a folder. A .lock file alone is none."""
+    path = f"{folder}/.lock"
+    if not os.path.exists(path):
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):  # it cannot be locked at all
+        return False
 
 
 def download(url, path, timeout=30, tries=3):
-    """Download url to path with a progress bar, completely or not at all.
+    """Download url to path with a progress bar, completely or not at all, unless it is there.
 
-    Errors of the network or the server are tried again, after 1, 2, 4, ... seconds. Raises
-    requests' exceptions.
+    If another process is downloading it, this one waits. Errors of the network or the server are
+    tried again, after 1, 2, 4, ... seconds. Raises requests' exceptions.
     """
 
     def fetch(f):
@@ -59,13 +92,20 @@ def download(url, path, timeout=30, tries=3):
                 for chunk in r.iter_content(1 << 20):
                     bar.update(f.write(chunk))
 
-    # A refusal (404, 403) is final; anything else may work a moment later.
-    for failures in range(tries):
-        try:
-            return atomic_write(path, fetch)
-        except requests.RequestException as e:
-            status = 500 if e.response is None else e.response.status_code
-            refused = status < 500 and status != 429  # 429: too many requests
-            if refused or failures == tries - 1:
-                raise
-            time.sleep(2**failures)
+    folder, name = os.path.split(path)
+    lock = acquire_lock(os.path.join(folder, f".{name}.lock"), timeout=-1)
+    try:
+        if os.path.exists(path):
+            return
+        # A refusal (404, 403) is final; anything else may work a moment later.
+        for failures in range(tries):
+            try:
+                return atomic_write(path, fetch)
+            except requests.RequestException as e:
+                status = 500 if e.response is None else e.response.status_code
+                refused = status < 500 and status != 429  # 429: too many requests
+                if refused or failures == tries - 1:
+                    raise
+                time.sleep(2**failures)
+    finally:
+        lock.release()

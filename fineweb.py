@@ -41,12 +41,12 @@ from tqdm import tqdm
 # -- settings: override any with --key=value --------------------------------------
 dataset = "fineweb-edu"  # fineweb-edu, fineweb-edu-gpt2 (tokens), a hub name, a file or a folder
 subset = ""  # the hub dataset's subset; empty: sample-10BT of fineweb(-edu)
-split = "train"  # the hub dataset's split
+split = "train"  # the split to read; a folder's validation files become the validation shards
 text_column = "text"  # the column that holds the text; data.text is one inside another
 out_dir = "edu_fineweb10B"  # the folder to write shards to
 tokenizer = "gpt2"  # gpt2, bytes, the path of a tokenizer.json, or a Hugging Face model's folder
 shard_size = 100_000_000  # tokens per shard
-val_tokens = 0  # tokens for validation; 0: one shard, or the last tenth of fewer than two shards
+val_tokens = 0  # tokens for validation; 0: validation files, or a shard, or a small text's tenth
 max_tokens = 0  # stop after this many tokens; 0: take all
 streaming = True  # read while downloading; False downloads everything first
 
@@ -126,30 +126,53 @@ def tokenize(texts, enc, dtype, batch_chars=1 << 19):
 
 
 def write_shards(
-    texts, enc, out_dir, prefix, shard_size=100_000_000, max_tokens=0, val_tokens=0, **about
+    texts,
+    enc,
+    out_dir,
+    prefix,
+    shard_size=100_000_000,
+    max_tokens=0,
+    val_tokens=0,
+    val_texts=None,
+    **about,
 ):
     """Tokenize documents into shards in out_dir; returns meta.json's dict.
 
-    `prefix` starts the names of the shards; `about` goes into meta.json: dataset, subset, seed. If
-    out_dir holds the start of these shards, they are continued; texts is then a Documents. Raises
-    UserError if there are no documents.
+    `prefix` starts the names of the shards; val_texts are the documents of the validation split, if
+    it has its own; `about` goes into meta.json: dataset, subset, seed. If out_dir holds the start
+    of these shards, they are continued; texts is then a Documents. Raises UserError if there are no
+    documents.
     """
     # Other settings make other shards: meta.json stores them.
     about["max_tokens"] = max_tokens
+    if val_texts:
+        about["val_files"] = True
     writer = ShardWriter(out_dir, prefix, enc, shard_size, about, val_tokens)
     if writer.meta["complete"]:
         print(f"{out_dir} is complete already: nothing to do")
         return writer.meta
     # An interrupted command left the start of these shards.
-    if writer.state:
-        texts.state = writer.state
+    if writer.meta["shards"]:
         print(f"{out_dir} has {len(writer.meta['shards'])} shards: continuing after them")
     bar = tqdm(
         total=max_tokens or None, initial=writer.received, unit="tok", unit_scale=True, desc=out_dir
     )
-    batches = contextlib.closing(tokenize(texts, enc, token_dtype(enc)))
     # Whatever happens, leaving writer.pool completes the shard that is being written.
-    with writer.pool, bar, batches as batches:
+    with writer.pool, bar:
+        if val_texts and writer.split == "val":
+            write_texts(val_texts, writer, bar, val_tokens or max_tokens // 10)
+            writer.end_validation()
+            if val_texts.report():
+                print(f"\nvalidation files: {val_texts.report()}")
+        write_texts(texts, writer, bar, max_tokens)
+        return writer.close()
+
+
+def write_texts(texts, writer, bar, max_tokens):
+    """Tokenize documents, from the writer's position on, until it has received max_tokens."""
+    if writer.state:
+        texts.state = writer.state
+    with contextlib.closing(tokenize(texts, writer.enc, token_dtype(writer.enc))) as batches:
         for tokens, state in batches:
             # The last document may be cut.
             if max_tokens:
@@ -158,10 +181,6 @@ def write_shards(
             bar.update(len(tokens))
             if writer.received == max_tokens:
                 break
-        report = texts.report() if hasattr(texts, "report") else ""
-        if not writer.received and report:
-            raise UserError(f"{out_dir} would be empty: {report}")
-        return writer.close()
 
 
 # -- the demo -----------------------------------------------------------------------
@@ -232,7 +251,17 @@ def write_dataset(enc):
     prefix = "edufineweb"  # build-nanogpt's
     if dataset != "fineweb-edu":
         prefix = re.sub(r"\W", "", os.path.basename(os.path.normpath(dataset)))
-    meta = write_shards(texts, enc, out_dir, prefix, shard_size, max_tokens, val_tokens, **about)
+    meta = write_shards(
+        texts,
+        enc,
+        out_dir,
+        prefix,
+        shard_size,
+        max_tokens,
+        val_tokens,
+        texts.validation(),
+        **about,
+    )
     return meta, texts.report()
 
 
@@ -252,6 +281,8 @@ def check_dataset():
 def main():
     check_min(1, shard_size=shard_size)
     check_min(0, val_tokens=val_tokens, max_tokens=max_tokens)
+    if 0 < max_tokens <= val_tokens:
+        raise UserError(f"--max_tokens={max_tokens}: must be more than --val_tokens={val_tokens}")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"--out_dir={out_dir}: is a file, expected a folder")
     check_dataset()

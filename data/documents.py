@@ -5,16 +5,20 @@ read are skipped, counted and reported.
 """
 
 import collections
+import copy
+import dataclasses
 import os
 import re
 import sys
+import textwrap
 import time
 
+from data.dataset_files import SPLIT_WORDS, find_files
 from data.readers import (
     READ_ERRORS,
     Continuation,
     UnreadableRow,
-    find_files,
+    check_lfs_pointer,
     find_reader,
     read_json_lines,
 )
@@ -71,13 +75,22 @@ def get_column(row, column):
 
 
 # -- datasets -----------------------------------------------------------------------
+@dataclasses.dataclass
+class FileCounts:
+    """What has been found in a file."""
+
+    rows: int = 0
+    documents: int = 0
+    has_column: bool = False  # whether a row has one of the columns
+
+
 class Documents:
     """The texts of a dataset: a name in HUB, owner/name on the hub, or a local file or folder.
 
-    Rows that have no text or cannot be read are skipped; report() counts them. Iterating raises
-    UserError if the source cannot be read, has no such column, or more than three rows and 1% of
-    them are unreadable. A broken connection to the hub is tried again, five times with growing
-    pauses.
+    Of a folder it reads the files of one split, see dataset_files.py. Rows that have no text or
+    cannot be read are skipped; report() counts them. Iterating raises UserError if a file cannot be
+    read, has no such column or no row with text, or if more than three rows and 1% of all are
+    unreadable. A broken connection to the hub is tried again, five times with growing pauses.
 
     `state`, plain JSON values, is the current position of an iteration and the start of the next
     one; it can be set. What has been read is not read again.
@@ -86,7 +99,9 @@ class Documents:
     def __init__(self, dataset, subset=None, text_column="text", streaming=True, split="train"):
         self.dataset = dataset
         self.subset = subset
-        self.columns = [text_column, "messages", "conversations"]
+        self.columns = [text_column]
+        if text_column == "text":
+            self.columns += ["messages", "conversations"]  # chats
         self.streaming = streaming
         self.split = split
         self.is_local = os.path.exists(dataset) or dataset == "tinyshakespeare"
@@ -97,8 +112,10 @@ class Documents:
             raise UserError(
                 f"{dataset}: no such file or folder; known names: {names}, or owner/name of the hub"
             )
+        self.files = None  # {split: paths} of a local dataset, once they have been found
         self.state = None
         self.num_rows = 0
+        self.current = FileCounts()  # of the current file, or of the hub's dataset
         self.skipped = collections.Counter()  # {reason: rows}
         self.examples = []  # the first three, in words
 
@@ -110,20 +127,37 @@ class Documents:
         examples = f" ({'; '.join(self.examples)})" if self.examples else ""
         return f"left out of {self.num_rows:,} rows: {', '.join(reasons)}{examples}"
 
-    def __iter__(self):
-        if self.dataset == "tinyshakespeare":
-            self.dataset = "tinyshakespeare.txt"
-            if not os.path.exists(self.dataset):
-                try:
-                    download(TINYSHAKESPEARE, self.dataset)
-                except requests.RequestException as e:
-                    raise UserError(
-                        f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at "
-                        f"{self.dataset}"
-                    )
-        yield from self._texts()
+    def validation(self):
+        """The Documents of the files whose names say that they are for validation; None if none."""
+        if not self.is_local or self.split != "train" or not self._find_files()["validation"]:
+            return None
+        texts = copy.copy(self)
+        texts.split = "validation"
+        texts.skipped = collections.Counter()
+        texts.examples = []
+        return texts
 
-    def _texts(self):
+    def _find_files(self):
+        """{split: paths} of a local dataset."""
+        if self.files is None:
+            if self.dataset == "tinyshakespeare":
+                self.dataset = download_tinyshakespeare()
+            self.files = find_files(self.dataset)
+        return self.files
+
+    def _files_of_split(self):
+        """The sorted paths of the files of the split; UserError if there are none."""
+        files = self._find_files()
+        paths = files.get(SPLIT_WORDS.get(self.split))
+        if not paths:
+            names = [name for name, paths in files.items() if paths]
+            raise UserError(
+                f"{self.dataset}: has no files for --split={self.split}; choose --split="
+                f"{' or '.join(names)}"
+            )
+        return paths
+
+    def __iter__(self):
         """Yield the documents after self.state, which moves on with them."""
         # Continue where the state says, with the counts that it has.
         start = self.state or {
@@ -140,6 +174,7 @@ class Documents:
             is_continuation = isinstance(row, Continuation)
             if not is_continuation:
                 self.num_rows += 1
+                self.current.rows += 1
             try:
                 text = self._text(row, location)
             except UnreadableRow as e:
@@ -150,6 +185,7 @@ class Documents:
                 continue
             if not is_continuation:
                 num_documents += 1
+                self.current.documents += 1
             # Set before the document is yielded, so that the caller can store both.
             self.state = {
                 "documents": num_documents,
@@ -175,18 +211,15 @@ class Documents:
 
     def _text_of_columns(self, row, location):
         """The first text in a row's columns; "" if there is none, which is counted."""
-        # The first row tells whether the dataset has such a column at all.
         has_column = False
         for column in self.columns:
             if column in row or column.partition(".")[0] in row:
                 has_column = True
-        if self.num_rows == 1 and not has_column:
-            raise UserError(
-                f"{self.dataset} has no column {self.columns[0]!r}: use --text_column= with one of "
-                f"{', '.join(map(str, row))}"
-            )
-        # The text column, or else a chat.
-        # The text column comes first, then the columns in which chats usually are.
+        self.current.has_column |= has_column
+        # The first rows tell whether the file has such a column at all.
+        if not self.current.has_column and self.current.rows >= 100:
+            raise UserError(self._no_column(row, location))
+        # The text column comes first, then those in which chats usually are.
         values = [get_column(row, column) for column in self.columns]
         texts = [render_chat(value) for value in values if value is not None]
         for text in texts:
@@ -219,12 +252,15 @@ class Documents:
             yield from self._hub_rows(start_position)
             return
         # Files are read in order, so that a position is a file and a place in it.
-        for path in find_files(self.dataset):  # sorted
+        for path in self._files_of_split():
             if path < start_file:
                 continue
+            position = start_position if path == start_file else None
+            check_lfs_pointer(path)
             reader = find_reader(path)
             unit = "line" if reader is read_json_lines else "row"
-            position = start_position if path == start_file else None
+            self.current = FileCounts(documents=1 if position else 0)
+            row = None
             try:
                 for row, next_position in reader(path, self.columns, position):
                     yield row, path, next_position, f"{path} {unit} {next_position[-1]}"
@@ -235,10 +271,28 @@ class Documents:
                     f"cannot read {path}: {type(e).__name__}: {str(e).partition(chr(10))[0]}; "
                     "repair it and repeat the command; without it, choose another --out_dir"
                 )
+            self._check_file(path, row)
+
+    def _check_file(self, name, last_row):
+        """Raise UserError if a file had rows and no document."""
+        if not self.current.rows or self.current.documents:
+            return
+        if isinstance(last_row, dict) and not self.current.has_column:
+            raise UserError(self._no_column(last_row, name))
+        raise UserError(f"{name}: no row has text; take the file out ({self.report()})")
+
+    def _no_column(self, row, location):
+        """What to say of a file whose rows have no such column."""
+        names = textwrap.shorten(", ".join(map(str, list(row)[:20])), 300)
+        return (
+            f"{location} has no column {self.columns[0]!r}: use --text_column= with one of {names}"
+        )
 
     def _hub_rows(self, position):
         """The same for a dataset on the hub, read with `datasets`."""
         failures = 0
+        row = None
+        self.current = FileCounts(documents=1 if position else 0)
         # Try again after an error; an attempt that has read something resets the count.
         while True:
             last_position = position
@@ -249,7 +303,7 @@ class Documents:
                 for row in rows:
                     position = rows.state_dict()
                     yield row, "", position, f"{self.dataset} row {self.num_rows + 1}"
-                return
+                break
             except Exception as e:  # `datasets` and its readers share no base class for errors
                 failures = failures + 1 if position == last_position else 1
                 reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
@@ -261,6 +315,7 @@ class Documents:
                 seconds = 2**failures
                 print(f"\n{self.dataset}: {reason}; trying again in {seconds} s", file=sys.stderr)
                 time.sleep(seconds)
+        self._check_file(self.dataset, row)
 
     def _load_from_hub(self):
         """The datasets.IterableDataset of this dataset."""
@@ -276,3 +331,13 @@ class Documents:
         if not isinstance(rows, datasets.IterableDataset):
             rows = rows.to_iterable_dataset()
         return rows
+
+
+def download_tinyshakespeare():
+    """The path of tiny Shakespeare, which is downloaded if it is missing; else UserError."""
+    path = "tinyshakespeare.txt"
+    try:
+        download(TINYSHAKESPEARE, path)
+    except requests.RequestException as e:
+        raise UserError(f"cannot download {TINYSHAKESPEARE} ({type(e).__name__}); put it at {path}")
+    return path

@@ -1,16 +1,16 @@
-"""Data files, compressed or not, row by row; and which files of a folder are data.
+"""Data files, compressed or not, row by row.
 
 .txt .md               one document, or several, separated by lines that are <|endoftext|>
 .jsonl .ndjson .json   one object per line; a .json file can also be an array, or objects in a row
 .parquet .csv .tsv     one document per row
+.arrow                 the same; save_to_disk() of `datasets` writes it
 
-All but .parquet also as .gz, .bz2, .xz or .zst. Memory is bounded by a row, whatever the size of
-the file (except a .json file that holds an array, which must fit in memory).
+All but .parquet and .arrow also as .gz, .bz2, .xz or .zst. Memory is bounded by some rows, whatever
+the size of the file (except a .json file that holds an array, which must fit in memory).
 """
 
 import bz2
 import codecs
-import collections
 import csv
 import gzip
 import io
@@ -25,7 +25,7 @@ from data.tokenizer import EOT
 from script import UserError
 
 PART_SIZE = 1 << 20  # the number of characters of a document that are in memory at a time
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What reading a broken file can raise (pyarrow raises ValueErrors and OSErrors).
 READ_ERRORS = (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error)
 
@@ -38,29 +38,90 @@ class UnreadableRow(ValueError):
     """Yielded in place of a row that cannot be read; its message is the reason."""
 
 
+# -- opening files --------------------------------------------------------------------
+class MultiStreamFile(io.RawIOBase):
+    """The content of a .bz2 or .xz file, which may hold several streams with zeros between them.
+
+    Python's own reader takes anything else after a stream for the end of the file; this raises.
+    """
+
+    def __init__(self, path, new_decompressor):
+        super().__init__()
+        self.f = open(path, "rb")
+        self.new_decompressor = new_decompressor
+        self.decompressor = None
+        self.compressed = b""  # what has been read of the file and not decompressed
+
+    def readable(self):
+        return True
+
+    def close(self):
+        self.f.close()
+        super().close()
+
+    def readinto(self, buffer):
+        while True:
+            if self.decompressor is None or self.decompressor.eof:
+                # Zeros pad a file to the blocks of a tape or disk.
+                if self.decompressor is not None:
+                    self.compressed = self.decompressor.unused_data.lstrip(b"\0")
+                while not self.compressed:
+                    chunk = self.f.read(1 << 16)
+                    if not chunk:
+                        return 0
+                    self.compressed = chunk.lstrip(b"\0")
+                self.decompressor = self.new_decompressor()
+            elif self.decompressor.needs_input and not self.compressed:
+                self.compressed = self.f.read(1 << 16)
+                if not self.compressed:
+                    raise EOFError("the compressed file is cut short")
+            data = self.decompressor.decompress(self.compressed, len(buffer))
+            self.compressed = b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+
+def open_decompressed(path, offset=0):
+    """Open a file, which may be compressed, in binary mode at an offset into its content."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension == ".gz":
+        f = gzip.open(path, "rb")
+    elif extension == ".bz2":
+        f = io.BufferedReader(MultiStreamFile(path, bz2.BZ2Decompressor), 1 << 20)
+    elif extension == ".xz":
+        f = io.BufferedReader(MultiStreamFile(path, lzma.LZMADecompressor), 1 << 20)
+    elif extension == ".zst":
+        # Python 3.11 has no zstd, but pyarrow, which datasets needs, has.
+        import pyarrow
+
+        f = io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
+    else:
+        f = open(path, "rb")
+        f.seek(offset)
+        return f
+    # A compressed file cannot be entered in the middle.
+    while offset > 0:
+        skipped = len(f.read(min(offset, 1 << 20)))
+        if skipped == 0:
+            break
+        offset -= skipped
+    return f
+
+
+def check_lfs_pointer(path):
+    """Raise UserError if a file is only a pointer to one that Git LFS has not downloaded."""
+    with open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull there"
+            )
+
+
 # -- file formats -------------------------------------------------------------------
 # Each reader takes (path, columns, position) and yields (row, next_position). A row is a dict, a
 # text or an UnreadableRow. A position is a list of ints that says where to start reading, or None;
 # its last number counts lines, rows or documents.
-def open_decompressed(path, offset=0):
-    """Open a file, which may be compressed, in binary mode at an offset into its content."""
-    extension = os.path.splitext(path)[1].lower()
-    # Python 3.11 has no zstd, but pyarrow, which datasets needs, has.
-    if extension == ".zst":  # pyarrow's stream cannot seek
-        import pyarrow
-
-        f = io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
-        while offset > 0:
-            skipped = len(f.read(min(offset, 1 << 20)))
-            if skipped == 0:
-                break
-            offset -= skipped
-        return f
-    f = COMPRESSED.get(extension, open)(path, "rb")
-    f.seek(offset)
-    return f
-
-
 def read_json_lines(path, columns, position):
     offset, number = position or (0, 0)
     with open_decompressed(path, offset) as f:
@@ -173,24 +234,71 @@ def read_parquet(path, columns, position):
 
     (num_done,) = position or (0,)
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as f:
-        names = f.schema_arrow.names
-        # Only the columns that are needed are read from the disk.
-        wanted = []
-        for column in columns:
-            if column in names or column.partition(".")[0] in names:
-                wanted.append(column)
+    # A buffer, or else all the bytes of a column are read at once.
+    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as f:
+        wanted = wanted_columns(f.schema_arrow.names, columns)
+        wanted_roots = {name.partition(".")[0] for name in wanted}
         # Whole row groups that have been read already are skipped.
-        for group in range(f.num_row_groups):
-            num_rows = f.metadata.row_group(group).num_rows
-            if number + num_rows <= num_done:
-                number += num_rows
+        for i in range(f.num_row_groups):
+            group = f.metadata.row_group(i)
+            if number + group.num_rows <= num_done:
+                number += group.num_rows
                 continue
-            for batch in f.iter_batches(1000, row_groups=[group], columns=wanted or names):
-                for row in batch.to_pylist():
+            # Memory is bounded by bytes: some 4 MB of rows at a time.
+            size = 0
+            for column in map(group.column, range(group.num_columns)):
+                if column.path_in_schema.partition(".")[0] in wanted_roots:
+                    size += column.total_uncompressed_size
+            num_rows = min(1000, 1 + (group.num_rows << 22) // max(1, size))
+            for batch in f.iter_batches(num_rows, row_groups=[i], columns=wanted):
+                for row in batch_rows(batch):
                     number += 1
                     if number > num_done:
                         yield row, [number]
+
+
+def read_arrow(path, columns, position):
+    """A file that save_to_disk() of `datasets` writes: an Arrow stream, or a Feather file."""
+    import pyarrow
+
+    (num_done,) = position or (0,)
+    number = 0
+    with pyarrow.memory_map(path) as f:
+        is_file = f.read(6) == b"ARROW1"
+        f.seek(0)
+        reader = pyarrow.ipc.open_file(f) if is_file else pyarrow.ipc.open_stream(f)
+        wanted = wanted_columns(reader.schema.names, columns)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            if number + batch.num_rows <= num_done:
+                number += batch.num_rows
+                continue
+            batch = batch.select(wanted)
+            for start in range(0, batch.num_rows, 10):
+                for row in batch_rows(batch.slice(start, 10)):
+                    number += 1
+                    if number > num_done:
+                        yield row, [number]
+
+
+def wanted_columns(names, columns):
+    """The columns to read, of the names in a file: all of them if it has none of `columns`."""
+    wanted = [c for c in columns if c in names or c.partition(".")[0] in names]
+    return wanted or names
+
+
+def batch_rows(batch):
+    """The rows of an Arrow batch, dicts; an UnreadableRow where a text is not UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = []
+        for i in range(batch.num_rows):
+            try:
+                rows += batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as e:
+                rows.append(UnreadableRow(f"not UTF-8 ({e.reason})"))
+    return rows
 
 
 def read_text_file(path, columns, position):
@@ -289,7 +397,7 @@ def read_text(path):
     return list(join_parts(rows))
 
 
-# -- finding files ------------------------------------------------------------------
+# -- readers by extension ------------------------------------------------------------
 READERS = {
     ".txt": read_text_file,
     ".md": read_text_file,
@@ -299,6 +407,7 @@ READERS = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
 
 
@@ -309,50 +418,4 @@ def find_reader(path):
     if extension not in (".gz", ".bz2", ".xz", ".zst"):
         return READERS.get(extension)
     reader = READERS.get(os.path.splitext(stem)[1])
-    return None if reader is read_parquet else reader
-
-
-def find_files(path):
-    """The data files of a dataset, a file or folder, sorted; UserError if there are none."""
-    found = list(walk(path)) if os.path.isdir(path) else [path]
-    # A dataset's README.md describes it and is not part of it.
-    files = []
-    others = collections.Counter()  # by extension
-    for name in sorted(set(found)):
-        if not os.path.isfile(name):
-            raise UserError(f"{name}: is not a file that can be read; take it out")
-        is_dataset_card = os.path.basename(name).lower() == "readme.md" and name != path
-        if find_reader(name) and not is_dataset_card:
-            files.append(name)
-        else:
-            others[os.path.splitext(name)[1] or "no extension"] += 1
-    if not files:
-        raise UserError(
-            f"{path}: no data files here; expected {', '.join(READERS)}, or those compressed as "
-            ".gz, .bz2, .xz, .zst"
-        )
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        print(f"{path}: {sum(others.values())} files are not read ({kinds})")
-    return files
-
-
-def walk(path):
-    """Yield the files in a folder and its subfolders; skips hidden ones, and folders in use."""
-
-    def fail(e):
-        raise UserError(f"{e.filename}: this folder cannot be read ({e.strerror})")
-
-    # Links can lead to the same folder twice, or in a circle.
-    seen = set()
-    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real_path = os.path.realpath(folder)
-        being_written = ".lock" in names and folder != path  # shards of fineweb.py
-        if real_path in seen or being_written:
-            folders.clear()
-            continue
-        seen.add(real_path)
-        for name in names:
-            if not name.startswith("."):  # macOS writes ._a.txt beside a.txt
-                yield os.path.join(folder, name)  # the folder may end in a slash
+    return None if reader in (read_parquet, read_arrow) else reader

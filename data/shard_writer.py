@@ -39,7 +39,8 @@ class ShardWriter:
     """Cuts a stream of tokens into shards of shard_size in out_dir; close() completes the set.
 
     The first val_tokens tokens are the validation split. By default that is one shard, as in
-    build-nanogpt, or the last tenth if there are fewer than two shards.
+    build-nanogpt, or the last tenth if there are fewer than two shards. With about["val_files"], it
+    is what comes before end_validation().
 
     Of the stream, tokens [0, flushed) are in shards (the last one may still be on its way to the
     disk), and tokens [flushed, received) are in `pending`. `state` is the position of the stream's
@@ -77,12 +78,14 @@ class ShardWriter:
             "complete": False,
             "shards": [],
         }
+        self.has_val_files = about.get("val_files", False)
+        self.split = "val"  # of the next shard
         self.flushed = 0
         self.received = 0
         self.pending = collections.deque()  # arrays
         self.state = None
         # Where the last add() started: a command that continues after a kill starts there.
-        self.resume_point = None  # {"state", "tokens"}
+        self.resume_point = None  # {"state", "tokens", "split"}
         self.writing = None  # the future of the shard on its way to the disk
         self.pool = ThreadPoolExecutor(1)  # its thread writes shards
         self.last_heartbeat = 0.0
@@ -110,16 +113,20 @@ class ShardWriter:
                 )
         # The val/train split is final when there are two shards: before that, start over.
         has_split = len(old["shards"]) >= 2 and old["shards"][0]["tokens"] >= self.first_size
+        if self.has_val_files:
+            has_split = bool(old["shards"])
         if not old["complete"] and not has_split:
             return
         # Continue after the last shard, at the position that was stored with it.
         self.meta = old
+        self.split = "train"
         self.flushed = sum(shard["tokens"] for shard in old["shards"])
         self.received = self.flushed
         if not old["complete"]:
             position = old.pop("position")
             self.state = position["state"]
             self.received = position["tokens"]
+            self.split = position.get("split", "train")
 
     def add(self, tokens, state=None):
         """Append tokens to the stream; state (plain JSON values): its source's position after them.
@@ -128,7 +135,7 @@ class ShardWriter:
         """
         if self.writing and self.writing.done():
             self._finish()  # raises the error of a full disk soon, not one shard later
-        self.resume_point = {"state": self.state, "tokens": self.received}
+        self.resume_point = {"state": self.state, "tokens": self.received, "split": self.split}
         overlap = self.flushed - self.received
         if overlap > 0:  # these tokens are in shards already
             self._verify_overlap(tokens)
@@ -140,11 +147,15 @@ class ShardWriter:
         if len(new):
             self.pending.append(np.ascontiguousarray(new, self.meta["dtype"]))
 
-        # Write what fills a shard. The first one waits for a second: see _split_small_corpus().
-        if not self.flushed and self.received >= self.first_size + self.shard_size:
+        # Write what fills a shard. Without validation files, the first one is for validation, and
+        # waits for a second: see _split_small_corpus().
+        has_both = self.received >= self.first_size + self.shard_size
+        if has_both and self.split == "val" and not self.has_val_files:
             self._write_shard(self._take(self.first_size))
-        while self.flushed and self.received - self.flushed >= self.shard_size:
-            self._write_shard(self._take(self.shard_size))
+            self.split = "train"
+        if self.split == "train" or self.has_val_files:
+            while self.received - self.flushed >= self.shard_size:
+                self._write_shard(self._take(self.shard_size))
         if self.meta["shards"] and time.monotonic() - self.last_heartbeat > 10:
             os.utime(f"{self.out_dir}/meta.json")  # for a trainer that waits
             self.last_heartbeat = time.monotonic()
@@ -163,18 +174,31 @@ class ShardWriter:
                     f"{self.out_dir} holds the start of another text: choose another --out_dir"
                 )
 
-    def close(self):
-        """Write the pending tokens; returns the dict of meta.json. UserError if it is empty."""
-        num_pending = self.received - self.flushed
-        if num_pending < 0:
+    def end_validation(self):
+        """Complete the validation split: what is added from now on is for training."""
+        self._write_pending()
+        if not self.flushed:
+            raise UserError("the validation files hold no text: take them out")
+        self.split = "train"
+        self.state = None
+
+    def _write_pending(self):
+        """Write all pending tokens."""
+        if self.received < self.flushed:
             raise UserError(
                 f"{self.out_dir} holds the start of a longer text: choose another --out_dir"
             )
-        if not self.flushed:
-            self._split_small_corpus(num_pending)
         while self.received > self.flushed:
             self._write_shard(self._take(min(self.shard_size, self.received - self.flushed)))
+
+    def close(self):
+        """Write the pending tokens; returns the dict of meta.json. UserError if it is empty."""
+        if self.split == "val":
+            self._split_small_corpus(self.received)
+        self._write_pending()
         self._finish()
+        if self.meta["shards"][-1]["split"] != "train" and self.has_val_files:
+            raise UserError(f"{self.out_dir} has validation shards only: there is no training text")
         self.meta["complete"] = True
         write_meta(self.out_dir, self.meta)
         return self.meta
@@ -189,6 +213,7 @@ class ShardWriter:
                     f"--val_tokens={self.val_tokens}: there are only {num_pending} tokens"
                 )
             self._write_shard(self._take(self.val_tokens))
+            self.split = "train"
             return
         # The last tenth, from the start of a document if one starts near there.
         cut = num_pending * 9 // 10
@@ -204,6 +229,7 @@ class ShardWriter:
                 cut = nearest
         train = self._take(cut)
         self._write_shard(self._take(num_pending - cut))
+        self.split = "train"
         self.pending.extend(train)
 
     def _take(self, count):
@@ -231,7 +257,7 @@ class ShardWriter:
             write_meta(self.out_dir, self.meta)
         size = sum(map(len, parts))
         self.flushed += size
-        self.writing = self.pool.submit(self._save, parts, size, self.resume_point)
+        self.writing = self.pool.submit(self._save, parts, size, self.split, self.resume_point)
 
     def _finish(self):
         """Wait until the last shard is on the disk; raises the OSError of a full disk."""
@@ -239,10 +265,9 @@ class ShardWriter:
             self.writing.result()
             self.writing = None
 
-    def _save(self, parts, size, resume_point):
+    def _save(self, parts, size, split, resume_point):
         """Write arrays as a shard, and add it to meta.json once its file is complete."""
         i = len(self.meta["shards"])
-        split = "train" if i else "val"
         name = f"{self.prefix}_{split}_{i:06d}.npy"
         # An .npy file is a short header and the bytes of the array.
         descr = np.dtype(self.meta["dtype"]).str

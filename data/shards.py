@@ -17,6 +17,7 @@ import shlex
 import zlib
 
 from data.tokenizer import load_tokenizer, tokenizer_state
+from files import is_locked
 from script import UserError
 
 import numpy as np
@@ -247,11 +248,12 @@ class Shards:
 
 def no_shards_message(data_dir):
     """What to say of a folder without shards, and what to do."""
-    if os.path.exists(f"{data_dir}/.lock"):
+    if is_locked(data_dir):
         return f"{data_dir}: {NO_SHARD_YET}"
     # A folder of texts was given where shards are expected, or nothing is there.
     quoted = shlex.quote(data_dir)
-    if os.path.isfile(data_dir) or (os.path.isdir(data_dir) and os.listdir(data_dir)):
+    names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
+    if os.path.isfile(data_dir) or any(not name.startswith(".") for name in names):
         command = f"python fineweb.py --dataset={quoted} --out_dir=my_shards"
         return f"{data_dir}: holds no shards; make them with {command}"
     folder = os.path.abspath(data_dir)

@@ -14,6 +14,7 @@ from data.loader import MixtureLoader, ShardLoader, read_windows, val_windows
 from data.shard_writer import ShardWriter
 from data.shards import Shards
 from data.tokenizer import load_tokenizer
+from files import lock_folder
 from script import UserError
 
 import numpy as np
@@ -292,10 +293,11 @@ def test_plain_build_nanogpt_folder(tmp_path, gpt2):
 
 
 def test_a_folder_whose_first_shards_are_on_their_way(tmp_path):
-    (tmp_path / ".lock").touch()
+    lock = lock_folder(str(tmp_path))
     (tmp_path / ".cache").mkdir()
     with pytest.raises(UserError, match="no shard is complete yet: wait for fineweb"):
         Shards(str(tmp_path))
+    lock.release()
 
 
 def break_meta(folder):
