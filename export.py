@@ -15,7 +15,7 @@ import os
 import shutil
 
 from configurator import check_choice, configure
-from data.tokenizer import EOT, to_tokenizer_json, tokenizer_state
+from data.tokenizer import EOT, encode, to_tokenizer_json, tokenizer_state
 from device import DTYPES
 from files import atomic_write
 from huggingface import to_hugging_face
@@ -47,7 +47,8 @@ def tokenizer_json(enc):
         raise UserError("exporting a tokenizer needs tokenizers: pip install tokenizers")
     # Both libraries must make the same tokens of a difficult text.
     text = json.dumps(to_tokenizer_json(enc), ensure_ascii=False)
-    if Tokenizer.from_str(text).encode(PROBE).ids != enc.encode(PROBE, allowed_special="all"):
+    probe = PROBE + "".join(sorted(enc.special_tokens_set))
+    if Tokenizer.from_str(text).encode(probe).ids != encode(enc, probe, eot=True).tolist():
         raise UserError(
             f"the tokenizer {enc.name} cannot be exported: Hugging Face's tokenizers read "
             "its pattern differently; tokenizers from train_tokenizer.py can be exported"

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 
 from script import UserError
 
@@ -32,6 +33,7 @@ PATTERNS = {
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+ADDED_TOKEN = {"normalized": False, "special": True}  # Hugging Face's flags of <|endoftext|>
 # What a damaged or unsupported file can raise while it is read.
 FORMAT_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -73,18 +75,30 @@ def load_tokenizer(source):
     return from_tokenizer_json(content, source)
 
 
-def new_encoding(name, pattern, ranks, special_tokens):
-    """A tiktoken.Encoding; raises ValueError where tiktoken would panic."""
+def new_encoding(name, pattern, ranks, added_tokens, flags=None):
+    """A tiktoken.Encoding; raises ValueError where tiktoken would panic.
+
+    added_tokens: {content: id} of what is found in a text before it is split into pieces. flags
+    says which of them are not as <|endoftext|> is: {content: ADDED_TOKEN's fields}.
+    """
     # Every byte needs a token, or some text cannot be encoded.
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise ValueError(f"it has no token for {len(missing)} of the 256 bytes")
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    enc = tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added_tokens
     )
+    enc.added_token_flags = flags or {}
+    return enc
 
 
-def canonical_encoding(pattern, ranks, special_tokens):
+def copy_encoding(enc):
+    """Another tiktoken.Encoding of the same tokens."""
+    flags = getattr(enc, "added_token_flags", None)
+    return new_encoding(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens, flags)
+
+
+def canonical_encoding(pattern, ranks, special_tokens, flags=None):
     """The tiktoken.Encoding of these tokens, named "gpt2" or "bytes" if it is one of those."""
     # The same tokens get the same name, wherever they come from.
     if ranks == {bytes([b]): b for b in range(256)} and special_tokens == {EOT: 256}:
@@ -93,7 +107,7 @@ def canonical_encoding(pattern, ranks, special_tokens):
         gpt2 = load_tokenizer("gpt2")
         if ranks == gpt2._mergeable_ranks:
             return gpt2
-    return new_encoding(hash_name(ranks, special_tokens), pattern, ranks, special_tokens)
+    return new_encoding(hash_name(ranks, special_tokens), pattern, ranks, special_tokens, flags)
 
 
 def hash_name(ranks, special_tokens):
@@ -116,19 +130,65 @@ def split_text(text, size=400_000):
 def encode(enc, text, eot=False):
     """The token ids of a text, a uint32 array. All scripts encode text with this function.
 
-    <|endoftext|> in the text is a token only with eot; other special tokens always are. Half of a
+    <|endoftext|> in the text is a token only with eot; other added tokens always are. Half of a
     surrogate pair becomes "?".
     """
-    special = enc.special_tokens_set
-    if not eot:
-        special = special - {EOT}
+    patterns = added_token_patterns(enc, eot)
+    if patterns:
+        return encode_parts(enc, text, patterns)
+    return encode_with_tiktoken(enc, text, enc.special_tokens_set if eot else other_tokens(enc))
+
+
+def other_tokens(enc):
+    """The added tokens but <|endoftext|>."""
+    return enc.special_tokens_set - {EOT}
+
+
+def token_flags(enc, token):
+    """Hugging Face's flags of an added token: {"special", "normalized"}."""
+    return getattr(enc, "added_token_flags", {}).get(token, ADDED_TOKEN)
+
+
+@functools.lru_cache(maxsize=256)
+def added_token_patterns(enc, eot):
+    """Regular expressions for added tokens, in the order in which Hugging Face looks for them.
+
+    Empty if tiktoken finds the same tokens. Of several that start at one place it takes any,
+    Hugging Face the longest; and those that are `normalized` are looked for after the others.
+    """
+    tokens = enc.special_tokens_set if eot else other_tokens(enc)
+    groups = {False: [], True: []}
+    for token in sorted(tokens, key=len, reverse=True):
+        groups[token_flags(enc, token)["normalized"]].append(token)
+    is_ambiguous = any(a != b and a.startswith(b) for a in tokens for b in tokens)
+    if not is_ambiguous and not groups[True]:
+        return []
+    return [re.compile("|".join(map(re.escape, group))) for group in groups.values() if group]
+
+
+def encode_parts(enc, text, patterns):
+    """encode() of a text that is first split at what the patterns match."""
+    if not patterns:
+        return encode_with_tiktoken(enc, text, set())
+    parts = []
+    end = 0
+    for match in patterns[0].finditer(text):
+        parts.append(encode_parts(enc, text[end : match.start()], patterns[1:]))
+        parts.append([enc._special_tokens[match[0]]])
+        end = match.end()
+    parts.append(encode_parts(enc, text[end:], patterns[1:]))
+    return np.concatenate(parts).astype(np.uint32)
+
+
+def encode_with_tiktoken(enc, text, special):
     try:
         return enc.encode_to_numpy(text, allowed_special=special, disallowed_special=())
     except UnicodeEncodeError:
-        return encode(enc, text.encode(errors="replace").decode(), eot)
+        return encode_with_tiktoken(enc, text.encode(errors="replace").decode(), special)
     except ValueError:
         # The regex engine hits its backtracking limit, for example on a million spaces.
-        return np.concatenate([encode(enc, part, eot) for part in split_text(text)])
+        parts = [encode_with_tiktoken(enc, part, special) for part in split_text(text)]
+        return np.concatenate(parts)
 
 
 def token_byte_lengths(enc):
@@ -136,6 +196,9 @@ def token_byte_lengths(enc):
     lengths = [0] * enc.n_vocab
     for token, rank in enc._mergeable_ranks.items():
         lengths[rank] = len(token)
+    for token, i in enc._special_tokens.items():
+        if not token_flags(enc, token)["special"]:
+            lengths[i] = len(token.encode())
     return lengths
 
 
@@ -179,8 +242,8 @@ def to_tokenizer_json(enc):
     added_tokens = []
     for content, i in sorted(enc._special_tokens.items(), key=lambda item: item[1]):
         vocab[content] = i
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added_tokens.append({"id": i, "content": content, **flags, "special": True})
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        added_tokens.append({"id": i, "content": content, **flags, **token_flags(enc, content)})
     model = {
         "type": "BPE",
         "ignore_merges": True,  # a piece that is a token is not merged from bytes, as in tiktoken
@@ -224,28 +287,35 @@ def from_tokenizer_json(content, source):
         if "tokens" in content:
             return from_old_format(content)
         model = content["model"]
-        if model["type"] != "BPE" or content.get("normalizer"):
-            raise ValueError("it is not a plain BPE")
-        # Special tokens that change the text around them have no counterpart in tiktoken.
-        special_tokens = {}
+        if model["type"] != "BPE":
+            raise ValueError(f"it is of type {model['type']}, not BPE")
+        if content.get("normalizer"):
+            raise ValueError(f"it changes the text before ({content['normalizer']['type']})")
+        # Tokens that change the text around them have no counterpart in tiktoken.
+        added_tokens = {}
+        flags = {}
         for token in content["added_tokens"]:
+            text = token["content"]
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                raise ValueError("its special tokens strip or need spaces around them")
-            special_tokens[token["content"]] = token["id"]
-        if EOT not in special_tokens:
+                raise ValueError(f"its token {text} strips spaces or needs them around it")
+            added_tokens[text] = token["id"]
+            flags[text] = {key: token.get(key, ADDED_TOKEN[key]) for key in ADDED_TOKEN}
+        if EOT not in added_tokens:
             raise ValueError(f"it has no {EOT}")
+        flags[EOT] = ADDED_TOKEN
         # Back from characters to bytes.
         byte_of = {character: b for b, character in byte_to_char().items()}
         ranks = {}
         for token, i in model["vocab"].items():
-            if token not in special_tokens:
+            if token not in added_tokens:
                 ranks[bytes(byte_of[c] for c in token)] = i
         pattern = read_pre_tokenizer(content["pre_tokenizer"], len(ranks))
         check_merges(model)
-        return canonical_encoding(pattern, ranks, special_tokens)
+        return canonical_encoding(pattern, ranks, added_tokens, flags)
     except FORMAT_ERRORS as e:
         raise UserError(
-            f"{source}: not a byte-level BPE that can be read ({type(e).__name__}: {e})"
+            f"{source}: not a byte-level BPE that can be read ({type(e).__name__}: {e}); use gpt2, "
+            "or train one with train_tokenizer.py"
         )
 
 
@@ -253,6 +323,8 @@ def read_pre_tokenizer(pre_tokenizer, num_ranks):
     """The regular expression of a pre_tokenizer; raises ValueError for other kinds."""
     # Either GPT-2's pattern, which ByteLevel has built in, or a pattern of its own and then
     # ByteLevel.
+    if not pre_tokenizer:
+        raise ValueError("it has no pre-tokenizer, as SentencePiece models")
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step["type"] for step in steps]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
@@ -300,11 +372,17 @@ def from_old_format(content):
 def load_vocab_json(path):
     """GPT-2's tiktoken.Encoding, if a vocab.json (older transformers write it) is GPT-2's.
 
-    The tokens of an added_tokens.json next to it are added.
+    The tokens of an added_tokens.json next to it are added; those that special_tokens_map.json
+    names are special.
     """
+    folder = os.path.dirname(path)
+    if not os.path.exists(path):
+        hint = "save it with save_pretrained() of new transformers"
+        if os.path.exists(f"{folder}/tokenizer.model"):
+            hint = "its tokenizer.model is SentencePiece's, which is not supported"
+        raise UserError(f"{folder}: has no tokenizer.json; {hint}, or use gpt2")
     gpt2 = load_tokenizer("gpt2")
     characters = byte_to_char()
-    added_path = os.path.join(os.path.dirname(path), "added_tokens.json")
     try:
         with open(path, encoding="utf-8") as f:
             vocab = json.load(f)
@@ -312,13 +390,28 @@ def load_vocab_json(path):
         for token, i in gpt2._mergeable_ranks.items():
             if vocab["".join(characters[b] for b in token)] != i:
                 raise ValueError
-        if not os.path.exists(added_path):
+        added_tokens = read_json_file(f"{folder}/added_tokens.json")
+        if not added_tokens:
             return gpt2
-        with open(added_path, encoding="utf-8") as f:
-            special_tokens = gpt2._special_tokens | json.load(f)
-        return canonical_encoding(gpt2._pat_str, gpt2._mergeable_ranks, special_tokens)
+        # Its values are strings, dicts with a string, or lists of those.
+        special = json.dumps(read_json_file(f"{folder}/special_tokens_map.json"))
+        flags = {}
+        for token in added_tokens:
+            if json.dumps(token) not in special:
+                flags[token] = {"normalized": True, "special": False}
+        return canonical_encoding(
+            gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens | added_tokens, flags
+        )
     except FORMAT_ERRORS:
         raise UserError(
             f"{path}: not GPT-2's vocabulary; save the tokenizer as tokenizer.json (new "
             "transformers do)"
         )
+
+
+def read_json_file(path):
+    """The content of a .json file, {} if there is none."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
