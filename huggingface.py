@@ -95,6 +95,7 @@ def gpt2_config_to_hf(c):
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_positions": c.block_size,
+        "n_ctx": c.block_size,  # its former name, which llama.cpp reads
         "n_layer": c.n_layer,
         "n_head": c.n_head,
         "n_embd": c.n_embd,
