@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, load_model
 from script import DISK_ERRORS, UserError, is_out_of_memory, print0
 from training import checkpoint, distributed, evals
 from training.logdir import open_log
-from training.micro_batch import fit_memory, largest_micro_batch
+from training.micro_batch import fit_memory, largest_micro_batch, read_batches
 from training.optimizers import configure_optimizers
 from training.schedule import describe_schedule, get_lr
 from training.settings import DEMO_DIR, check_settings, resolve_settings
@@ -255,9 +255,7 @@ def train_step(setup, run):
     device = torch.device(setup.device)
     sequences = total_batch_size // T
     grad_accum_steps = sequences // (setup.B * setup.world_size)
-    batches = setup.loader.batches(
-        run.tokens // T, sequences, setup.B, setup.rank, setup.world_size
-    )
+    batches = read_batches(setup, run.tokens // T, sequences)
     total_loss = torch.zeros((), device=device)
     # Gradients add up over the micro-batches.
     for micro_step, batch in enumerate(batches):
@@ -397,8 +395,7 @@ def main(overrides):
     max_B = B
     if device_name == "cpu" and "B" not in overrides:
         max_B = min(B, max(1, 8192 // T))  # larger batches are no faster on a CPU
-    is_exact = "B" in overrides
-    micro_B = largest_micro_batch(max_B, is_exact, T, total_batch_size, world_size)
+    micro_B = largest_micro_batch(max_B, "B" in overrides, T, total_batch_size, world_size)
     loaders = [ShardLoader(shards, T, seed) for shards in sources]
     loader = MixtureLoader(loaders, list(sources.values()))
 
@@ -410,8 +407,8 @@ def main(overrides):
     )
     model = open_model(loaders[0].shards, saved, overrides, compute_dtype, device_name)
     optimizers = configure_optimizers(model, weight_decay, max_lr, (beta1, beta2), optimizer)
-    use_scaler = compute_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device_name.split(":")[0], enabled=use_scaler)
+    is_float16 = compute_dtype == torch.float16
+    scaler = torch.amp.GradScaler(device_name.split(":")[0], enabled=is_float16)
     if saved:
         checkpoint.restore(log_dir, model, optimizers, scaler, saved)
     # DDP averages the gradients over ranks, in the last backward pass of a step.
@@ -455,17 +452,19 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
         val_loss = None
         # 1. Wait until the data of this step is there: fineweb.py may still be writing it.
         if not stop_reason and run.step < max_steps:
-            last_sequence = (run.tokens + total_batch_size) // T - 1  # of this step
-            stop_reason = distributed.wait_for_data(setup.loader, last_sequence, stop, data_timeout)
+            last = (run.tokens + total_batch_size) // T - 1  # the last sequence of this step
+            with log.save_before_error(run, setup):
+                stop_reason = distributed.wait_for_data(setup.loader, last, stop, data_timeout)
         # 2. A checkpoint, when it is due: before evaluations, in which a run can be killed.
         save_is_due = should_save(run, log)
         if save_is_due and not stop_reason:
             log.save(run, setup)
         # 3. Evaluations, samples and plots that are due, with the weights after run.step updates.
         if not stop_reason and run.evaluated_step != run.step:
-            val_loss, interrupted = evals.run_due_tasks(
-                tasks, context, run, log, stop, recent_times
-            )
+            with log.save_before_error(run, setup):
+                val_loss, interrupted = evals.run_due_tasks(
+                    tasks, context, run, log, stop, recent_times
+                )
             if interrupted:
                 stop_reason = "interrupted"
         if not stop_reason and run.step == max_steps:
@@ -480,7 +479,8 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
             break
 
         # 4. The update.
-        result = train_step(setup, run)
+        with log.save_before_error(run, setup):
+            result = train_step(setup, run)
         if "loss_scale" not in result:  # an overflow is no sign of bad data
             run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
         if run.step != compile_step:

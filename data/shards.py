@@ -176,8 +176,8 @@ class Shards:
 
     def __init__(self, data_dir):
         self.data_dir = data_dir
-        # Only two shards are mapped at a time, however many there are.
-        self._open = functools.lru_cache(maxsize=2)(open_shard)
+        # Only two shards are open at a time, however many there are.
+        self._open = functools.lru_cache(maxsize=2)(OpenShard)
         self.checksum = functools.cache(self._checksum)
         if not has_shards(data_dir):
             raise UserError(no_shards_message(data_dir))
@@ -212,7 +212,7 @@ class Shards:
         self.val = []
         for shard in meta["shards"]:
             path = f"{self.data_dir}/{shard['file']}"
-            size = len(self._open(path))
+            size = self._open(path).size
             expected = shard.get("tokens", size)
             if size != expected:
                 raise UserError(
@@ -223,20 +223,27 @@ class Shards:
         return meta
 
     def _checksum(self, path, size):
-        """[file name, tokens, CRC-32 of eight slices] of a shard of `size` tokens."""
-        tokens = self._open(path)
+        """[file name, tokens, CRC-32 of eight slices] of a shard of `size` tokens.
+
+        The CRC is None if the shard cannot be read, or a token is outside the vocabulary.
+        """
         # Eight slices are enough to notice other data, and take no time.
         crc = 0
-        for start in range(0, size, -(-size // 8)):
-            crc = zlib.crc32(tokens[start : start + 4096].tobytes(), crc)
+        try:
+            dtype = self._open(path).dtype
+            for start in range(0, size, -(-size // 8)):
+                tokens = self.read(path, start, min(4096, size - start))
+                crc = zlib.crc32(tokens.astype(dtype).tobytes(), crc)
+        except UserError:
+            crc = None
         return [os.path.basename(path), size, crc]
 
     def read(self, path, start, count):
         """`count` tokens of a shard from `start` on, int64.
 
-        Raises UserError if one is outside the vocabulary.
+        Raises UserError if the shard cannot be read, or a token is outside the vocabulary.
         """
-        tokens = self._open(path)[start : start + count].astype(np.int64)
+        tokens = self._open(path).read(start, count).astype(np.int64)
         if tokens.max(initial=0) >= self.enc.n_vocab:
             vocabulary = f"the vocabulary of {self.enc.name} ({self.enc.n_vocab} tokens)"
             raise UserError(
@@ -244,6 +251,32 @@ class Shards:
                 f"{vocabulary}; the shard is corrupt or another tokenizer's"
             )
         return tokens
+
+
+class OpenShard:
+    """A shard of `size` tokens to read parts of. Raises UserError if it is not one.
+
+    Reading the file, unlike a memory map, survives when somebody cuts it short.
+    """
+
+    def __init__(self, path):
+        tokens = open_shard(path)
+        self.path = path
+        self.size = len(tokens)
+        self.dtype = tokens.dtype
+        self.offset = tokens.offset  # of the first token, in bytes
+        self.f = open(path, "rb", buffering=0)
+
+    def read(self, start, count):
+        """`count` tokens from `start` on, uint16 or uint32."""
+        size = count * self.dtype.itemsize
+        try:
+            data = os.pread(self.f.fileno(), size, self.offset + start * self.dtype.itemsize)
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be read ({e.strerror})")
+        if len(data) < size:
+            raise UserError(f"{self.path}: has become shorter while it was in use")
+        return np.frombuffer(data, self.dtype)
 
 
 def no_shards_message(data_dir):

@@ -165,6 +165,20 @@ def broadcast_int(number):
     return sum_over_ranks(torch.tensor(number if is_rank_0() else 0)).item()
 
 
+def raise_together(error):
+    """Raise the UserError of any rank on all ranks, or return if no rank has one.
+
+    error: this rank's, or None. All ranks call it, so that they can still save a checkpoint.
+    """
+    if all_true(error is None):
+        return
+    messages = [str(error)]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, str(error) if error else "")
+    raise UserError(next(message for message in messages if message))
+
+
 def all_finite(tensors):
     """Whether tensors have no nan and no infinity on any rank. All ranks call it."""
     # Every rank looks at its own shards.
@@ -242,7 +256,7 @@ def wait_for_data(loader, n, stop, timeout_minutes):
     """
     # data_complete is set when no rank waits for data any more: then there is nothing to agree on.
     is_waiting = False
-    while not loader.data_complete and not all_true(loader.is_available(n)):
+    while not loader.data_complete and not is_available_everywhere(loader, n):
         if not is_waiting:
             counts = []
             for source in loader.incomplete():
@@ -258,6 +272,18 @@ def wait_for_data(loader, n, stop, timeout_minutes):
     if not loader.data_complete:
         loader.data_complete = all_true(not loader.incomplete())
     return ""
+
+
+def is_available_everywhere(loader, n):
+    """Whether sequence n of a MixtureLoader exists on every rank. All ranks call it."""
+    available = False
+    error = None
+    try:
+        available = loader.is_available(n)
+    except UserError as e:  # a shard that is gone, or not what meta.json says
+        error = e
+    raise_together(error)
+    return all_true(available)
 
 
 # -- FSDP ---------------------------------------------------------------------------

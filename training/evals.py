@@ -29,6 +29,7 @@ from training.distributed import (
     Interrupted,
     all_true,
     local_main_process_first,
+    raise_together,
     reshard,
     sum_over_ranks,
     unshard,
@@ -75,9 +76,14 @@ def validation_loss(model, shards, B, T, max_tokens, rank=0, world_size=1):
     # Windows are dealt out to the ranks B at a time.
     windows = val_windows(shards, T, max_tokens)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, correct, tokens, bytes
+    error = None
     starts = range(rank * B, len(windows), world_size * B)
     for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
-        x, y = read_windows(shards, windows[i : i + B], B, T)
+        try:
+            x, y = read_windows(shards, windows[i : i + B], B, T)
+        except UserError as e:
+            error = e
+            break
         # The last window of a shard is padded with targets of -1.
         targets = y[y >= 0]
         x = torch.from_numpy(x).to(device)
@@ -87,6 +93,7 @@ def validation_loss(model, shards, B, T, max_tokens, rank=0, world_size=1):
         nats = len(targets) * loss.item()
         correct = len(targets) * accuracy.item()
         sums += torch.tensor([nats, correct, len(targets), byte_lengths[targets].sum()])
+    raise_together(error)
     # Sums over ranks, then means.
     nats, correct, tokens, num_bytes = sum_over_ranks(sums).tolist()
     loss = nats / tokens
@@ -302,7 +309,7 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
         interrupted = True
     finally:
         stop.is_interruptible = False
-    reshard(context.model)
+        reshard(context.model)
     if len(results) == len(due):
         run.evaluated_step = run.step
         if "exposure" in due:

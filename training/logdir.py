@@ -282,6 +282,16 @@ class LogDir:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
 
+    @contextlib.contextmanager
+    def save_before_error(self, run, setup):
+        """Save a checkpoint before a UserError, such as a shard that is gone, ends the run."""
+        try:
+            yield
+        except UserError:
+            if run.step > 0:
+                self.save(run, setup)
+            raise
+
     def _delete_checkpoints(self, step, keep):
         """Delete all checkpoints but the newest `keep` and the best."""
         losses = {}
