@@ -1,7 +1,7 @@
 """Settings of flat scripts: module globals with a literal default, set from the command line.
 
     python train_gpt2.py --max_steps=100 --compile=False     # --key=value
-    python train_gpt2.py --max_steps 100 --resume            # --key value; a bare --flag is true
+    python train_gpt2.py --max-steps 100 --resume            # --key value; a bare --flag is true
     python sample.py --ckpt                                  # a bare --key keeps a string's default
     python train_gpt2.py my_run.py --seed=2                  # a file of `key = literal` lines
     python train_gpt2.py --help                              # every setting and its default
@@ -43,8 +43,21 @@ ALIASES = {
     "max_length": "max_new_tokens",
     "model": "ckpt",
     "start": "prompt",
+    "init_from": "ckpt",
+    "wandb_project": "wandb",
+    "wandb_log": "wandb",
+    "wandb_run_name": "wandb_name",
+    "run_name": "wandb_name",
     "tied": "tie_embeddings",
     "save_minutes": "save_every_minutes",
+}
+# Names of other projects that have no counterpart, for scripts that have a setting.
+STEPS = "give the length in steps, as --max_steps=; the trainer prints the steps per epoch"
+HINTS = {
+    "epochs": ("max_steps", STEPS),
+    "num_epochs": ("max_steps", STEPS),
+    "num_train_epochs": ("max_steps", STEPS),
+    "dropout": ("weight_decay", "there is none; against overfitting raise --weight_decay="),
 }
 # What a value of each type is called in messages.
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -114,6 +127,9 @@ def check_name(key, settings, prefix):
     # A name from another project, or a former name of ours.
     if ALIASES.get(key) in settings:
         raise UserError(f"{prefix}: that is --{ALIASES[key]}= here; --help says what it counts")
+    needs, hint = HINTS.get(key, ("", ""))
+    if needs in settings:
+        raise UserError(f"{prefix}: {hint}")
     # Or else a typing error.
     close = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "--help lists them all"
@@ -185,6 +201,11 @@ def parse_command_line(args, settings):
 
         # --key=value, or only --key.
         key, equals, text = arg[2:].partition("=")
+        key = key.replace("-", "_")
+        if key == "local_rank":  # older launchers pass what LOCAL_RANK says
+            if not equals and args and args[0].isdigit():
+                args.pop(0)
+            continue
         check_name(key, settings, arg)
         default = settings[key][0]
         if not equals:

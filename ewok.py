@@ -12,10 +12,11 @@ context      P(T1|C1) > P(T1|C2) and P(T2|C2) > P(T2|C1): the paper's LogProbs; 
 target_sum   P(T1|C1) > P(T2|C1) and P(T2|C2) > P(T1|C2): as the BabyLM evaluation compares
 target_mean  the same with the mean log-probability per token
 
-Items come from the first of these: $EWOK_SRC (a zip or a folder), ewok_fast_jsonl.zip, ewok_fast/,
-and ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who are logged in and have accepted
-its terms. The terms ask users not to publish the items as plain text: a zip is read in memory, with
-the password in $EWOK_ZIP_PASSWORD (default: ew2026), and no output contains an item's text.
+Items come from the first of these: $EWOK_SRC (a zip, a folder or a .jsonl file),
+ewok_fast_jsonl.zip, ewok_fast/, and ewok-core/ewok-core-1.0 on the Hugging Face hub, for users who
+are logged in and have accepted its terms. The terms ask users not to publish the items as plain
+text: a zip is read in memory, with the password in $EWOK_ZIP_PASSWORD (default: ew2026), and no
+output contains an item's text.
 """
 
 import json
@@ -32,6 +33,7 @@ from model import load_model
 from scoring import score_completions
 from script import UserError
 from training.distributed import (
+    indices_of_rank,
     init_distributed,
     local_main_process_first,
     run_as_distributed_script,
@@ -39,7 +41,6 @@ from training.distributed import (
 )
 
 import torch
-from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest or best (of log_dir), a .pt file, a hub name or a Hugging Face folder
@@ -72,8 +73,13 @@ def load_items(limit=0):
 
 
 def load_from(source):
-    """The items in a zip or folder."""
-    files = read_folder(source) if os.path.isdir(source) else read_zip(source)
+    """The items in a zip, a folder or a .jsonl file."""
+    if os.path.isdir(source):
+        files = read_folder(source)
+    elif source.endswith(".jsonl"):
+        files = [("", pathlib.Path(source).read_bytes())]
+    else:
+        files = read_zip(source)
     items = []
     for name, content in files:
         items += parse_items(f"{source}: {name}", content)
@@ -201,8 +207,7 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
     start = time.perf_counter()
     # Each rank scores every world_size-th item; the sum over ranks fills in the others.
     numbers = torch.zeros(len(items), 8, dtype=torch.float64)
-    my_indices = torch.arange(rank, len(items), world_size)
-    for part in tqdm(my_indices.split(256), desc="EWoK", leave=False, disable=rank != 0):
+    for part in indices_of_rank(len(items), "EWoK", rank, world_size):
         scored = score_items(model, enc, [items[i] for i in part], batch_tokens)
         numbers[part] = torch.cat(scored, dim=1)
     sums, counts = sum_over_ranks(numbers).split(4, dim=1)

@@ -21,6 +21,7 @@ from files import atomic_write
 from huggingface import to_hugging_face
 from model import load_model
 from script import UserError, run_as_script
+from weights import save_tensors
 
 import torch
 
@@ -135,7 +136,7 @@ def write_pt(model, enc, path):
         "settings": {},
         "tokenizer": tokenizer_state(enc),
     }
-    atomic_write(path, lambda f: torch.save(checkpoint, f))
+    save_tensors(path, checkpoint)
 
 
 def main():

@@ -1,5 +1,6 @@
-"""Files that are complete or absent: atomic writes, locked folders, downloads."""
+"""Files that are complete or absent: atomic writes, locks, downloads, Git LFS pointers."""
 
+import contextlib
 import errno
 import os
 import time
@@ -10,6 +11,7 @@ import filelock  # torch and datasets depend on it
 import requests
 from tqdm import tqdm
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What flock says on NFS, Lustre and other file systems without locks.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -109,3 +111,13 @@ def download(url, path, timeout=30, tries=3):
                 time.sleep(2**failures)
     finally:
         lock.release()
+
+
+def check_lfs_pointer(path):
+    """Raise UserError if a file is only a pointer to one that Git LFS has not downloaded."""
+    # A file that cannot be read is left to its reader's message.
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull there"
+            )

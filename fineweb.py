@@ -31,7 +31,7 @@ from data.shard_writer import ShardWriter, token_dtype
 from data.shards import has_shards, read_meta
 from data.token_shards import TOKENIZED, download_token_shards
 from data.tokenizer import EOT, copy_encoding, encode, load_tokenizer
-from files import download, lock_folder
+from files import acquire_lock, download, lock_folder
 from script import UserError, env_int, explain_error, num_cpus, run_as_script
 
 import numpy as np
@@ -181,14 +181,24 @@ def write_texts(texts, writer, bar, max_tokens):
 def make_demo_shards(out_dir, keep=False):
     """Byte shards of input.txt; without one, of tiny Shakespeare; offline, of Python's own source.
 
-    keep: do nothing if there are complete shards. Only the first process of a machine makes any.
+    Complete shards of the same text stay, since another demo may be reading them; with keep, any
+    complete shards. Only the first process of a machine makes any, one at a time.
     """
     if env_int("LOCAL_RANK", 0) > 0:
         return
-    if keep and has_shards(out_dir):
-        meta = read_meta(out_dir)
-        if meta and meta["complete"]:
-            return
+    os.makedirs(out_dir, exist_ok=True)
+    lock = acquire_lock(f"{out_dir}/.lock", timeout=-1)
+    try:
+        meta = read_meta(out_dir) if has_shards(out_dir) else None
+        is_complete = meta is not None and meta["complete"]
+        if not (keep and is_complete):
+            write_demo_shards(out_dir, meta if is_complete else None)
+    finally:
+        lock.release()
+
+
+def write_demo_shards(out_dir, meta):
+    """Write the demo's shards, unless those of meta, meta.json's dict, are of the same text."""
     print(
         "there are no shards in edu_fineweb10B/ (python fineweb.py makes them), so this is a demo"
     )
@@ -199,23 +209,25 @@ def make_demo_shards(out_dir, keep=False):
             download(TINYSHAKESPEARE, source, timeout=5, tries=1)
         except requests.RequestException:
             source = "the source of Python's standard library"
-    paths = [source]
-    if not os.path.exists(source):
-        paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
-        np.random.default_rng(0).shuffle(paths)
-    texts = itertools.chain.from_iterable(map(read_text, paths))
-
-    # Remove an earlier demo's shards, complete or not.
-    for path in glob.glob(f"{out_dir}/demo_*.npy"):
-        os.remove(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(f"{out_dir}/meta.json")
     max_tokens = 2_000_000
-    about = {"dataset": source, "subset": None, "seed": None}
-    write_shards(texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=max_tokens, **about)
     note = ""
-    if source == "input.txt" and os.path.getsize(source) > max_tokens:
-        note = f", its first {max_tokens:,} bytes"
+    written_at = 0
+    paths = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+    if os.path.exists(source):
+        paths = [source]
+        written_at = os.path.getmtime(source)
+        if os.path.getsize(source) > max_tokens:
+            note = f", its first {max_tokens:,} bytes"
+    is_same = meta is not None and meta["dataset"] == source
+    if not is_same or os.path.getmtime(f"{out_dir}/meta.json") < written_at:
+        for path in [*glob.glob(f"{out_dir}/demo_*.npy"), *glob.glob(f"{out_dir}/meta.json")]:
+            os.remove(path)
+        np.random.default_rng(0).shuffle(paths)
+        texts = itertools.chain.from_iterable(map(read_text, paths))
+        about = {"dataset": source, "subset": None, "seed": None}
+        write_shards(
+            texts, load_tokenizer("bytes"), out_dir, "demo", max_tokens=max_tokens, **about
+        )
     print(f"training data: {source}{note}")
 
 

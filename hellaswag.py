@@ -28,6 +28,7 @@ from model import load_model
 from scoring import score_completions
 from script import UserError
 from training.distributed import (
+    indices_of_rank,
     init_distributed,
     local_main_process_first,
     run_as_distributed_script,
@@ -36,7 +37,6 @@ from training.distributed import (
 
 import requests
 import torch
-from tqdm import tqdm
 
 # -- settings: override any with --key=value --------------------------------------
 ckpt = "latest"  # latest or best (of log_dir), a .pt file, a hub name or a Hugging Face folder
@@ -174,9 +174,7 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
     start = time.perf_counter()
     # Each rank scores every world_size-th item; the sum over ranks fills the others in.
     correct = torch.zeros(len(items), 2, dtype=torch.float64)  # by sum, by normalized sum
-    my_indices = torch.arange(rank, len(items), world_size)
-    desc = f"HellaSwag {style}"
-    for part in tqdm(my_indices.split(256), desc=desc, leave=False, disable=rank != 0):
+    for part in indices_of_rank(len(items), f"HellaSwag {style}", rank, world_size):
         predicted = predict(model, enc, [items[i] for i in part], style, batch_tokens)
         labels = torch.tensor([items[i]["label"] for i in part])
         correct[part] = (torch.tensor(predicted) == labels).double().T

@@ -12,6 +12,7 @@ import json
 import os
 
 from data.tokenizer import load_tokenizer
+from files import check_lfs_pointer
 from script import UserError
 from weights import load_checkpoint
 
@@ -387,6 +388,7 @@ def read_weight_file(path):
     if not path.endswith(".safetensors"):
         return load_checkpoint(path)
     try:
+        check_lfs_pointer(path)
         return load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be read ({e})")

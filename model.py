@@ -27,7 +27,7 @@ from kernels import (
     softcap_logits,
 )
 from script import UserError, is_rank_0
-from weights import find_checkpoint, read_checkpoint
+from weights import checkpoint_paths, find_checkpoint, read_checkpoint
 
 import torch
 import torch.nn as nn
@@ -455,15 +455,15 @@ def load_model(ckpt="latest", device="cpu", log_dir="log"):
     """(model, enc): a GPT in eval mode, float32, on `device`, and its tiktoken.Encoding.
 
     ckpt: "latest" (the highest step of log_dir/model_*.pt), "best" (the lowest validation loss), a
-    .pt path (also nanoGPT's or build-nanogpt's), a name on the hub ("gpt2" ... "gpt2-xl",
-    owner/name), or a local Hugging Face folder. Prints which file it loads to stderr. Raises
-    UserError if it cannot be loaded.
+    .pt path (also nanoGPT's or build-nanogpt's), a log folder (its latest), a name on the hub
+    ("gpt2" ... "gpt2-xl", owner/name), or a local Hugging Face folder. Prints which file it loads
+    to stderr. Raises UserError if it cannot be loaded.
     """
     # OpenAI's names come first; another name is looked for here, and then on the hub.
     on_hub = ckpt in OPENAI_MODELS
     if not os.path.exists(ckpt) and not ckpt.endswith(".pt"):
         on_hub = on_hub or re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) is not None
-    if on_hub or os.path.isdir(ckpt):
+    if on_hub or (os.path.isdir(ckpt) and not checkpoint_paths(ckpt)):
         folder = download_model(ckpt) if on_hub else ckpt
         model = GPT.from_pretrained(folder)
         if ckpt in OPENAI_MODELS:

@@ -19,7 +19,8 @@ import time
 
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO,
-    errno.EACCES, errno.EPERM, errno.EISDIR, errno.EEXIST,
+    errno.EACCES, errno.EPERM, errno.EISDIR, errno.EEXIST, errno.EFBIG,
+    errno.ENOTCONN, errno.ESTALE,  # a mounted folder has gone: Colab's Drive, sshfs, NFS
 }  # fmt: skip
 
 

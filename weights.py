@@ -1,4 +1,4 @@
-"""Checkpoint files: finding and reading .pt files of this project, nanoGPT and build-nanogpt.
+"""Checkpoint files: finding, reading and writing .pt files; reading those of nanoGPT as well.
 
 log/model_00250.pt is {"model", "config", "step", "val_loss", "settings", "tokenizer"}: a model
 after 250 updates. All .pt files hold plain tensors, numbers, strings, lists and dicts only, so that
@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 
+from files import atomic_write, check_lfs_pointer
 from script import UserError
 
 import torch
@@ -53,7 +54,13 @@ def last_checkpoint_message(log_dir):
 
 
 def find_checkpoint(ckpt, log_dir):
-    """The path of a .pt file, or of the "latest" or "best" (by validation loss) in log_dir."""
+    """The path of a .pt file, or of the "latest" or "best" (by validation loss) in log_dir.
+
+    ckpt can also be another log folder, of which it is the latest.
+    """
+    if os.path.isdir(ckpt):
+        log_dir = ckpt
+        ckpt = "latest"
     if ckpt not in ("latest", "best"):
         if not os.path.isfile(ckpt):
             raise UserError(
@@ -81,12 +88,27 @@ def find_checkpoint(ckpt, log_dir):
     return min(losses, key=losses.get)
 
 
+def save_tensors(path, state):
+    """Atomic torch.save(). Raises OSError if the disk is full."""
+
+    def write(f):
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # torch wraps the OSError
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+    atomic_write(path, write)
+
+
 class NanoGPTConfigStub:
     """Stands in for __main__.GPTConfig of build-nanogpt's checkpoints; only its values are used."""
 
 
 def load_checkpoint(path, mmap=False):
     """The dict in a .pt file, on the CPU. Raises UserError if it is damaged or holds code."""
+    check_lfs_pointer(path)
+    # torch cannot map a file whose name is not UTF-8, as in a C locale.
+    mmap = mmap and path == path.encode(errors="replace").decode()
     try:
         # weights_only refuses code. The stub lets build-nanogpt's pickled config object through.
         with torch.serialization.safe_globals([(NanoGPTConfigStub, "__main__.GPTConfig")]):

@@ -18,11 +18,10 @@ from data.readers import (
     READ_ERRORS,
     Continuation,
     UnreadableRow,
-    check_lfs_pointer,
     find_reader,
     read_json_lines,
 )
-from files import download
+from files import check_lfs_pointer, download
 from script import UserError
 
 import requests

@@ -25,7 +25,6 @@ from data.tokenizer import EOT
 from script import UserError
 
 PART_SIZE = 1 << 20  # the number of characters of a document that are in memory at a time
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What reading a broken file can raise (pyarrow raises ValueErrors and OSErrors).
 READ_ERRORS = (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error)
 
@@ -107,15 +106,6 @@ def open_decompressed(path, offset=0):
             break
         offset -= skipped
     return f
-
-
-def check_lfs_pointer(path):
-    """Raise UserError if a file is only a pointer to one that Git LFS has not downloaded."""
-    with open(path, "rb") as f:
-        if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull there"
-            )
 
 
 # -- file formats -------------------------------------------------------------------
@@ -206,10 +196,12 @@ def csv_rows(f, delimiter, names):
             yield line
         row_lines.append(None)
 
+    number = 0
     unread = lines()
     reader = csv.reader(unread, delimiter=delimiter, strict=True)
     while True:
         row_lines.clear()
+        number += 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -220,7 +212,7 @@ def csv_rows(f, delimiter, names):
                 next(csv.reader(itertools.chain(list(row_lines), unread), delimiter=delimiter))
             # A quotation without an end: the rest of the file is in it.
             if row_lines[-1] is None:
-                raise
+                raise ValueError(f"row {number}: its quotation has no end")
             yield UnreadableRow(f'{e}; in a field a " is written ""')
             continue
         if any(fields[len(names) :]):

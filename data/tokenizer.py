@@ -20,6 +20,7 @@ import json
 import os
 import re
 
+from files import check_lfs_pointer
 from script import UserError
 
 import numpy as np
@@ -64,6 +65,7 @@ def load_tokenizer(source):
         if not os.path.exists(path):
             return load_vocab_json(f"{source}/vocab.json")
         source = path
+    check_lfs_pointer(source)
     try:
         with open(source, encoding="utf-8") as f:
             content = json.load(f)

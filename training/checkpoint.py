@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 
-from files import atomic_write
 from script import UserError, env_int, is_out_of_memory, print0
 from training.distributed import all_true, broadcast_int
 from training.schedule import extend_run
@@ -75,18 +74,6 @@ def full_state_dicts(model, optimizers):
     if weights and model.config.tie_embeddings:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one tensor, stored once
     return weights, states
-
-
-def save_tensors(path, state):
-    """Atomic torch.save(). Raises OSError if the disk is full."""
-
-    def write(f):
-        try:
-            torch.save(state, f)
-        except RuntimeError as e:  # torch wraps the OSError
-            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
-
-    atomic_write(path, write)
 
 
 def hardlink_or_copy(path, new_path):

@@ -25,6 +25,10 @@ from script import (
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+# How many processes mpirun (Open MPI, MPICH) and srun have started.
+OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 # -- start and end ------------------------------------------------------------------
@@ -34,6 +38,12 @@ def init_distributed(device):
     Returns (rank, world_size, device); device is a name as pick_device returns it. A process that
     was not started by torchrun is rank 0 of 1.
     """
+    for name in OTHER_LAUNCHERS:
+        if env_int(name, 1) > 1 and "WORLD_SIZE" not in os.environ:
+            raise UserError(
+                f"{name}={os.environ[name]}: these processes would not know of each other; start "
+                "them with torchrun, once per machine"
+            )
     # torchrun says in the environment which process this is.
     rank = env_int("RANK", 0)
     local_rank = env_int("LOCAL_RANK", 0)
@@ -101,6 +111,9 @@ def explain_distributed_error(error):
     if "env:// rendezvous" in first_line:
         reason = first_line.partition("rendezvous: ")[2]
         return f"{reason}: start it with torchrun, which sets what is needed"
+    if re.search("EADDRINUSE|address already in use", message):
+        port = os.environ.get("MASTER_PORT")
+        return f"port {port} is in use: run torchrun with --standalone, or --master_port= another"
     # A peer that died shows as an error of the collective that waited for it.
     is_gloo = isinstance(error, RuntimeError) and "gloo" in message
     if isinstance(error, dist.DistError) or is_gloo:
@@ -153,6 +166,14 @@ def sum_over_ranks(tensor):
         tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(tensor)
     return tensor.cpu()
+
+
+def indices_of_rank(count, name, rank, world_size):
+    """Yield this rank's share of range(count), in tensors of up to 256; rank 0 shows progress."""
+    indices = torch.arange(rank, count, world_size)
+    for part in tqdm(indices.split(256), desc=name, leave=False, disable=rank != 0):
+        if len(part):  # there can be fewer items than ranks
+            yield part
 
 
 def all_true(flag):

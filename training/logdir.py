@@ -35,10 +35,15 @@ from training.checkpoint import (
     hardlink_or_copy,
     load_resume,
     run_settings,
-    save_tensors,
 )
 from training.distributed import all_finite
-from weights import checkpoint_paths, last_checkpoint_message, model_path, resume_path
+from weights import (
+    checkpoint_paths,
+    last_checkpoint_message,
+    model_path,
+    resume_path,
+    save_tensors,
+)
 
 RECORDS = r"log\.txt|(metrics|exposure|\w+_items)\.jsonl"
 CHECKPOINTS = r"(model|resume)_(\d+)\.pt"

@@ -4,9 +4,11 @@ Settings are dicts, {name: value}. overrides are those on the command line, pres
 PRESETS; preset_settings(name) returns all settings of the trainer's file with those of a preset.
 """
 
+import os
 import shlex
 
 from configurator import check_choice, check_min
+from data.loader import parse_mixture
 from data.shards import has_shards
 from script import UserError
 from training.checkpoint import COMMAND_SETTINGS, load_resume
@@ -76,6 +78,14 @@ def resumed_settings(saved, overrides, preset_settings, immutable):
             raise UserError(
                 f"--{key}={overrides[key]}: the run to resume has {settings[key]}; leave it out"
             )
+    # Paths are as they were given, perhaps relative to another folder.
+    for folder in parse_mixture(old["data_dir"]):
+        is_gone = not os.path.isabs(folder) and not os.path.exists(folder)
+        if is_gone and "data_dir" not in overrides and folder != DEMO_DIR:
+            raise UserError(
+                f"the run to resume has --data_dir={old['data_dir']}, which is not in "
+                f"{os.getcwd()}: resume it where it was started, or say where it is now"
+            )
     # An edited default could be meant for this run, or for the next one: ask.
     edited = []
     for key, default in defaults.items():
@@ -112,6 +122,12 @@ def check_settings(s):
     check_choice("optimizer", s["optimizer"], tuple(OPTIMIZERS))
     check_choice("schedule", s["schedule"], SCHEDULES)
     check_schedule(s)
+    # nanoGPT's values.
+    if s["init_from"] in ("resume", "scratch"):
+        raise UserError(
+            f"--init_from={s['init_from']}: --resume continues the run in log_dir; without "
+            "--init_from= the weights are fresh"
+        )
     # Settings that are each fine, but not together.
     if s["ckpt"] != "latest" and not s["eval_only"]:
         hint = "--init_from= starts from weights, --resume_step= goes back"
