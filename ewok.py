@@ -33,11 +33,10 @@ from model import load_model
 from scoring import score_completions
 from script import UserError
 from training.distributed import (
-    indices_of_rank,
     init_distributed,
     local_main_process_first,
     run_as_distributed_script,
-    sum_over_ranks,
+    score_on_all_ranks,
 )
 
 import torch
@@ -205,12 +204,13 @@ def evaluate(model, enc, items, batch_tokens=0, rank=0, world_size=1):
                                                    "context", "target_sum", "target_mean"}, no text
     """
     start = time.perf_counter()
-    # Each rank scores every world_size-th item; the sum over ranks fills in the others.
-    numbers = torch.zeros(len(items), 8, dtype=torch.float64)
-    for part in indices_of_rank(len(items), "EWoK", rank, world_size):
-        scored = score_items(model, enc, [items[i] for i in part], batch_tokens)
-        numbers[part] = torch.cat(scored, dim=1)
-    sums, counts = sum_over_ranks(numbers).split(4, dim=1)
+
+    def score(indices):
+        part = [items[i] for i in indices]
+        return torch.cat(score_items(model, enc, part, batch_tokens), dim=1)
+
+    numbers = score_on_all_ranks(score, len(items), 8, "EWoK", rank, world_size)
+    sums, counts = numbers.split(4, dim=1)
     scores = compare(sums, counts)
 
     # Means over all items, and over the items of each domain, context type and so on.

@@ -28,11 +28,10 @@ from model import load_model
 from scoring import score_completions
 from script import UserError
 from training.distributed import (
-    indices_of_rank,
     init_distributed,
     local_main_process_first,
     run_as_distributed_script,
-    sum_over_ranks,
+    score_on_all_ranks,
 )
 
 import requests
@@ -172,13 +171,15 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
     acc and acc_norm are between 0 and 1; stderr is acc_norm's. Every rank gets the full result.
     """
     start = time.perf_counter()
-    # Each rank scores every world_size-th item; the sum over ranks fills the others in.
-    correct = torch.zeros(len(items), 2, dtype=torch.float64)  # by sum, by normalized sum
-    for part in indices_of_rank(len(items), f"HellaSwag {style}", rank, world_size):
-        predicted = predict(model, enc, [items[i] for i in part], style, batch_tokens)
-        labels = torch.tensor([items[i]["label"] for i in part])
-        correct[part] = (torch.tensor(predicted) == labels).double().T
-    acc, acc_norm = sum_over_ranks(correct).mean(dim=0).tolist()
+
+    def score(indices):
+        """Whether the predictions by sum and by normalized sum are correct, 1.0 or 0.0: (N, 2)."""
+        predicted = predict(model, enc, [items[i] for i in indices], style, batch_tokens)
+        labels = torch.tensor([items[i]["label"] for i in indices])
+        return (torch.tensor(predicted) == labels).double().T
+
+    correct = score_on_all_ranks(score, len(items), 2, f"HellaSwag {style}", rank, world_size)
+    acc, acc_norm = correct.mean(dim=0).tolist()
     return {
         "acc": acc,
         "acc_norm": acc_norm,

@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, load_model
 from script import DISK_ERRORS, UserError, is_out_of_memory, print0
 from training import checkpoint, distributed, evals
 from training.logdir import open_log
-from training.micro_batch import fit_memory, largest_micro_batch, read_batches
+from training.micro_batch import fit_memory, largest_micro_batch
 from training.optimizers import configure_optimizers
 from training.schedule import describe_schedule, get_lr
 from training.settings import DEMO_DIR, check_settings, resolve_settings
@@ -255,7 +255,10 @@ def train_step(setup, run):
     device = torch.device(setup.device)
     sequences = total_batch_size // T
     grad_accum_steps = sequences // (setup.B * setup.world_size)
-    batches = read_batches(setup, run.tokens // T, sequences)
+    batches = setup.loader.batches(
+        run.tokens // T, sequences, setup.B, setup.rank, setup.world_size
+    )
+    batches = distributed.on_all_ranks(lambda: list(batches))
     total_loss = torch.zeros((), device=device)
     # Gradients add up over the micro-batches.
     for micro_step, batch in enumerate(batches):

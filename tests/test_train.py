@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from conftest import GPT2, ROOT, TEXT, read_jsonl, read_log
+from conftest import GPT2, ROOT, TEXT, environments, read_jsonl, read_log
 from data.loader import MixtureLoader, ShardLoader
 from data.shards import Shards
 from data.tokenizer import load_tokenizer
@@ -435,29 +435,44 @@ def test_killed_during_evaluation(run, shards, tmp_path, monkeypatch, step):
     assert_same_run(tmp_path / "log", tmp_path / "killed")
 
 
-def test_a_signal_ends_an_evaluation_at_once(shards, tmp_path):
-    """Not only after it: a scheduler may kill the run some seconds after its signal."""
-    code = "import runpy, sys, time\nfrom training import evals\n"
-    code += "real = evals.val_windows\n"
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("part", ["read_windows", "encode"])
+def test_a_signal_ends_an_evaluation_at_once(shards, tmp_path, nproc, part):
+    """Validation or HellaSwag: a scheduler may kill the run some seconds after its signal."""
+    item = {"ctx": "a", "ctx_a": "a", "ctx_b": "b", "activity_label": "c", "label": 1}
+    (tmp_path / "hellaswag").mkdir()
+    with open(tmp_path / "hellaswag" / "hellaswag_val.jsonl", "w") as f:
+        for _ in range(4):
+            f.write(json.dumps({**item, "endings": list("abcd")}) + "\n")
+    module = "training.evals" if part == "read_windows" else "hellaswag"
+    args = ["train_gpt2.py", *SMALL, "--hellaswag_every=3", "--plot_every=0"]
+    code = f"import runpy, sys, time\nimport {module} as module\n"
+    code += f"real = module.{part}\n"
     code += "def slow(*args):\n    print('evaluating', flush=True)\n"
     code += "    [time.sleep(0.1) for _ in range(600)]\n    return real(*args)\n"
-    code += "evals.val_windows = slow\n"
-    code += f"sys.argv = {['train_gpt2.py', *SMALL]}\n"
+    code += f"module.{part} = slow\n"
+    code += f"sys.argv = {args}\n"
     code += f"runpy.run_path('{ROOT}/train_gpt2.py', run_name='__main__')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ROOT},
-    )
-    while "evaluating" not in process.stdout.readline():
-        assert process.poll() is None
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environ, "PYTHONPATH": str(ROOT)},
+        )
+        for environ in environments(nproc)
+    ]
+    for process in processes:
+        while "evaluating" not in process.stdout.readline():
+            assert process.poll() is None
     start = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert time.monotonic() - start < 10 and process.returncode == 0
-    assert "stopped; resume with: python train_gpt2.py --resume" in out
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert time.monotonic() - start < 10
+    assert [process.returncode for process in processes] == [0] * nproc
+    assert "stopped; resume with: " in outputs[0]
     assert load_checkpoint(str(tmp_path / "log" / "resume.pt"))["step"] == 0
 
 

@@ -168,14 +168,6 @@ def sum_over_ranks(tensor):
     return tensor.cpu()
 
 
-def indices_of_rank(count, name, rank, world_size):
-    """Yield this rank's share of range(count), in tensors of up to 256; rank 0 shows progress."""
-    indices = torch.arange(rank, count, world_size)
-    for part in tqdm(indices.split(256), desc=name, leave=False, disable=rank != 0):
-        if len(part):  # there can be fewer items than ranks
-            yield part
-
-
 def all_true(flag):
     """Whether flag is true on every rank. All ranks call it."""
     return sum_over_ranks(torch.tensor(0 if flag else 1)).item() == 0
@@ -186,18 +178,56 @@ def broadcast_int(number):
     return sum_over_ranks(torch.tensor(number if is_rank_0() else 0)).item()
 
 
-def raise_together(error):
-    """Raise the UserError of any rank on all ranks, or return if no rank has one.
+def on_all_ranks(function, is_interruptible=False):
+    """Call function() on each rank; an error of one is raised on all. Returns its result.
 
-    error: this rank's, or None. All ranks call it, so that they can still save a checkpoint.
+    All ranks call it, and function must not communicate. It can fail with a UserError, such as a
+    shard that is gone; then all ranks raise that, and can still save a checkpoint together. With
+    is_interruptible, a signal ends it at once, and then all ranks raise Interrupted.
     """
-    if all_true(error is None):
-        return
-    messages = [str(error)]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, str(error) if error else "")
-    raise UserError(next(message for message in messages if message))
+    result = None
+    message = ""
+    interrupted = False
+    try:
+        StopRequests.is_interruptible = is_interruptible
+        if is_interruptible and StopRequests.signal_received:
+            raise Interrupted
+        result = function()
+    except UserError as e:
+        message = str(e)
+    except Interrupted:
+        interrupted = True
+    finally:
+        StopRequests.is_interruptible = False
+    if not all_true(not message and not interrupted):
+        messages = [message]
+        if dist.is_initialized():
+            messages = [""] * dist.get_world_size()
+            dist.all_gather_object(messages, message)
+        for message in messages:
+            if message:
+                raise UserError(message)
+        raise Interrupted
+    return result
+
+
+def score_on_all_ranks(score, count, width, name, rank, world_size):
+    """The rows that score() gives the items range(count), (count, width), float64, on all ranks.
+
+    score is called with tensors of up to 256 indices, a share on each rank; it must not
+    communicate. Rank 0 shows its progress as `name`.
+    """
+    # Each rank scores every world_size-th item; the sum over ranks fills in the others.
+    rows = torch.zeros(count, width, dtype=torch.float64)
+    indices = torch.arange(rank, count, world_size)
+    parts = indices.split(256) if len(indices) else ()  # there can be fewer items than ranks
+
+    def score_share():
+        for part in tqdm(parts, desc=name, leave=False, disable=rank != 0):
+            rows[part] = score(part)
+
+    on_all_ranks(score_share, is_interruptible=True)
+    return sum_over_ranks(rows)
 
 
 def all_finite(tensors):
@@ -223,11 +253,15 @@ class StopRequests:
     several times per step.
     """
 
+    # Shared, since signals come to the process: whether one has come, and whether it raises
+    # Interrupted, which on_all_ranks() says.
+    signal_received = False
+    is_interruptible = False
+
     def __init__(self):
         self.interrupts = []  # times of SIGINT
-        self.signal_received = False
-        self.is_interruptible = False  # whether a signal raises Interrupted: see run_due_tasks()
-        self.conditions = [lambda: self.signal_received]
+        StopRequests.signal_received = False
+        self.conditions = [lambda: StopRequests.signal_received]
         # The first signal asks for a stop, which happens after the current step.
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
             if not hasattr(signal, name):  # on Windows
@@ -238,7 +272,7 @@ class StopRequests:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum, frame):
-        self.signal_received = True
+        StopRequests.signal_received = True
         if signum == signal.SIGINT:
             self.interrupts.append(time.monotonic())
             # Within a second it may be the same Ctrl-C, which torchrun passes on.
@@ -249,9 +283,8 @@ class StopRequests:
             # os.write, since print() must not be called again while it is running.
             with contextlib.suppress(OSError):
                 os.write(1, b"\nstopping after this step; a second Ctrl-C stops at once\n")
-        # Alone, this process need not agree with others when to stop.
-        if self.is_interruptible and not dist.is_initialized():
-            self.is_interruptible = False
+        if StopRequests.is_interruptible:
+            StopRequests.is_interruptible = False
             raise Interrupted
 
     def requested_on_this_rank(self):
@@ -277,7 +310,9 @@ def wait_for_data(loader, n, stop, timeout_minutes):
     """
     # data_complete is set when no rank waits for data any more: then there is nothing to agree on.
     is_waiting = False
-    while not loader.data_complete and not is_available_everywhere(loader, n):
+    while not loader.data_complete:
+        if all_true(on_all_ranks(lambda: loader.is_available(n))):
+            break
         if not is_waiting:
             counts = []
             for source in loader.incomplete():
@@ -293,18 +328,6 @@ def wait_for_data(loader, n, stop, timeout_minutes):
     if not loader.data_complete:
         loader.data_complete = all_true(not loader.incomplete())
     return ""
-
-
-def is_available_everywhere(loader, n):
-    """Whether sequence n of a MixtureLoader exists on every rank. All ranks call it."""
-    available = False
-    error = None
-    try:
-        available = loader.is_available(n)
-    except UserError as e:  # a shard that is gone, or not what meta.json says
-        error = e
-    raise_together(error)
-    return all_true(available)
 
 
 # -- FSDP ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ An eval is a script like hellaswag.py with
     load_items(limit=)     a list
     evaluate(model, enc, items, rank=, world_size=)
                            a dict of plain values, the same on every rank; "items" can hold a dict
-                           for each item
+                           for each item; score_on_all_ranks() splits the work
     summary(result)        one line
 """
 
@@ -29,7 +29,7 @@ from training.distributed import (
     Interrupted,
     all_true,
     local_main_process_first,
-    raise_together,
+    on_all_ranks,
     reshard,
     sum_over_ranks,
     unshard,
@@ -76,24 +76,22 @@ def validation_loss(model, shards, B, T, max_tokens, rank=0, world_size=1):
     # Windows are dealt out to the ranks B at a time.
     windows = val_windows(shards, T, max_tokens)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, correct, tokens, bytes
-    error = None
     starts = range(rank * B, len(windows), world_size * B)
-    for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
-        try:
+
+    def add_batches():
+        for i in tqdm(starts, desc="validation", leave=False, disable=rank != 0):
             x, y = read_windows(shards, windows[i : i + B], B, T)
-        except UserError as e:
-            error = e
-            break
-        # The last window of a shard is padded with targets of -1.
-        targets = y[y >= 0]
-        x = torch.from_numpy(x).to(device)
-        y = torch.from_numpy(y).to(device)
-        # The means of a batch, back to sums: batches differ in size.
-        loss, accuracy = model(x, y, with_accuracy=True)
-        nats = len(targets) * loss.item()
-        correct = len(targets) * accuracy.item()
-        sums += torch.tensor([nats, correct, len(targets), byte_lengths[targets].sum()])
-    raise_together(error)
+            # The last window of a shard is padded with targets of -1.
+            targets = y[y >= 0]
+            x = torch.from_numpy(x).to(device)
+            y = torch.from_numpy(y).to(device)
+            # The means of a batch, back to sums: batches differ in size.
+            loss, accuracy = model(x, y, with_accuracy=True)
+            nats = len(targets) * loss.item()
+            correct = len(targets) * accuracy.item()
+            sums.add_(torch.tensor([nats, correct, len(targets), byte_lengths[targets].sum()]))
+
+    on_all_ranks(add_batches, is_interruptible=True)
     # Sums over ranks, then means.
     nats, correct, tokens, num_bytes = sum_over_ranks(sums).tolist()
     loss = nats / tokens
@@ -221,8 +219,6 @@ def run_eval(context, script, items, log_items, run, log):
 
 def write_sample(context, prompt, max_new_tokens, seed, run, log):
     """Print and log a sample of the model."""
-    if not is_rank_0():
-        return
     # Fresh weights would only make noise.
     if run.step == 0 and not run.settings["init_from"]:
         return
@@ -233,16 +229,22 @@ def write_sample(context, prompt, max_new_tokens, seed, run, log):
     idx = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     new_ids = []
-    with context.autocast, eager_mode():
-        for token in context.model.generate(
-            idx, max_new_tokens, vocab_size=enc.n_vocab, top_k=50, generator=generator
-        ):
-            if token.item() == enc.eot_token:
-                break
-            new_ids.append(token.item())
+
+    def generate():
+        if not is_rank_0():
+            return
+        with context.autocast, eager_mode():
+            for token in context.model.generate(
+                idx, max_new_tokens, vocab_size=enc.n_vocab, top_k=50, generator=generator
+            ):
+                if token.item() == enc.eot_token:
+                    break
+                new_ids.append(token.item())
+
+    on_all_ranks(generate, is_interruptible=True)
     text = prompt + enc.decode(new_ids)
     log.log_event(run.step, "sample", {"text": text})
-    print(f"step {run.step:5d} | sample:\n{text}\n")
+    print0(f"step {run.step:5d} | sample:\n{text}\n")
 
 
 def write_exposure(loader, run, log):
@@ -297,9 +299,7 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
     results = {}
     interrupted = False
     unshard(context.model)  # with FSDP, rank 0 generates text alone and needs the whole model
-    # A process that is alone stops as soon as a signal comes; several agree after each task.
     try:
-        stop.is_interruptible = True
         for kind, task in due.items():
             start = time.monotonic()
             results[kind] = task(run, log)
@@ -308,7 +308,6 @@ def run_due_tasks(tasks, context, run, log, stop, recent_times):
     except Interrupted:
         interrupted = True
     finally:
-        stop.is_interruptible = False
         reshard(context.model)
     if len(results) == len(due):
         run.evaluated_step = run.step

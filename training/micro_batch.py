@@ -5,7 +5,7 @@ B changes memory and speed, not the result: gradients add up over micro-batches.
 
 from device import pick_autocast
 from script import UserError, is_out_of_memory, print0
-from training.distributed import all_true, raise_together
+from training.distributed import all_true
 
 import torch
 
@@ -30,21 +30,6 @@ def largest_micro_batch(max_B, is_exact, T, total_batch_size, world_size):
         f"--total_batch_size={total_batch_size} is not a multiple of B x T x processes = {max_B} x "
         f"{T} x {world_size} = {unit}; try {hint}"
     )
-
-
-def read_batches(setup, first, count):
-    """This rank's micro-batches of sequences first .. first + count - 1: arrays (B, T + 1).
-
-    setup is the trainer's. Raises UserError on all ranks if one of them cannot read a shard.
-    """
-    batches = []
-    error = None
-    try:
-        batches += setup.loader.batches(first, count, setup.B, setup.rank, setup.world_size)
-    except UserError as e:
-        error = e
-    raise_together(error)
-    return batches
 
 
 def fit_memory(setup, T, total_batch_size, dtype):
