@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, load_model
 from script import DISK_ERRORS, UserError, is_out_of_memory, print0
 from training import checkpoint, distributed, evals
 from training.logdir import open_log
-from training.micro_batch import fit_memory, largest_micro_batch
+from training.micro_batch import BatchReader, fit_memory, largest_micro_batch
 from training.optimizers import configure_optimizers
 from training.schedule import describe_schedule, get_lr
 from training.settings import DEMO_DIR, check_settings, resolve_settings
@@ -172,9 +172,9 @@ class Setup:
     optimizers: list
     scaler: torch.amp.GradScaler
     loader: MixtureLoader
+    reader: BatchReader
     device: str
     B: int  # the micro-batch
-    rank: int = 0
     world_size: int = 1
 
 
@@ -252,20 +252,13 @@ def train_step(setup, run):
     """
     # Each rank reads its own part of the step's sequences, B at a time.
     start = time.perf_counter()
-    device = torch.device(setup.device)
     sequences = total_batch_size // T
     grad_accum_steps = sequences // (setup.B * setup.world_size)
-    batches = setup.loader.batches(
-        run.tokens // T, sequences, setup.B, setup.rank, setup.world_size
-    )
-    batches = distributed.on_all_ranks(lambda: list(batches))
-    total_loss = torch.zeros((), device=device)
+    batches = setup.reader.read(run.tokens // T, sequences, setup.B)
+    total_loss = torch.zeros((), device=setup.device)
     # Gradients add up over the micro-batches.
     for micro_step, batch in enumerate(batches):
-        batch = torch.from_numpy(batch)  # (B, T + 1)
-        if device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(device, non_blocking=device.type == "cuda")
+        batch = batch.to(setup.device, non_blocking=True)  # (B, T + 1)
         # DDP averages the gradients over ranks in the backward pass of the last micro-batch.
         setup.train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with pick_autocast(dtype, setup.device, cache_weights=False):
@@ -419,8 +412,9 @@ def main(overrides):
     if world_size > 1 and not fsdp:
         device_ids = [device_name] if device_name.startswith("cuda") else None
         train_model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    reader = BatchReader(loader, device_name, rank, world_size)
     setup = Setup(
-        model, train_model, optimizers, scaler, loader, device_name, micro_B, rank, world_size
+        model, train_model, optimizers, scaler, loader, reader, device_name, micro_B, world_size
     )
     # FSDP communicates in every block: one rank without memory would hang the others.
     if "B" not in overrides and device_name != "cpu" and not fsdp:
@@ -495,6 +489,7 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
         run.tokens += total_batch_size
         if stop.any_rank_requested():
             stop_reason = "interrupted"
+    setup.reader.close()
     finish(stop_reason, log)
 
 

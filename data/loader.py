@@ -78,12 +78,16 @@ class ShardLoader:
             order = np.arange(len(self.windows_per_shard))
         return order, self.windows_per_shard[order].cumsum()
 
+    def is_written(self, n):
+        """Whether sequence n had been written when meta.json was last read."""
+        return self.shards.complete or n < self.windows_per_epoch
+
     def is_available(self, n):
         """Whether sequence n has been written; reads meta.json again if not."""
-        if not self.shards.complete and n >= self.windows_per_epoch:
+        if not self.is_written(n):
             self.shards.refresh()
             self._count_windows()
-        return self.shards.complete or n < self.windows_per_epoch
+        return self.is_written(n)
 
     def seconds_since_update(self):
         """Seconds since meta.json was seen to change; fineweb.py touches it while it works."""
@@ -110,6 +114,13 @@ class ShardLoader:
         first = int(ends[i] - self.windows_per_shard[shard])
         start = self._window_starts(epoch, shard)[n - first]
         return epoch, shard, int(start)
+
+    def shards_before(self, n):
+        """How many of the shards the sequences before n read: the first ones."""
+        if n >= self.windows_per_epoch:
+            return len(self.windows_per_shard)
+        _, ends = self._shard_order(0)
+        return int(np.searchsorted(ends, n)) + (n > 0)
 
     def read(self, n):
         """The T + 1 tokens of sequence n, int64."""
@@ -226,15 +237,21 @@ class MixtureLoader:
         for n in range(first + rank * B, first + count, world_size * B):
             yield np.stack([self.read(i) for i in range(n, n + B)])
 
-    def fingerprint(self):
-        """A fingerprint of the data: {"weight", "shards", "dataset"} of each source.
+    def fingerprint(self, n):
+        """A fingerprint of the data of the sequences before n: a dict for each source.
 
-        shards are [file, tokens, checksum] of each training shard.
+        It has "weight", "dataset" and "shards": [file, tokens, checksum] of each training shard.
+        The checksum of a shard that these sequences do not read is None.
         """
         sources = []
-        for loader, weight in zip(self.loaders, self.weights, strict=True):
+        counts = self.counts_before(n)
+        for loader, weight, count in zip(self.loaders, self.weights, counts, strict=True):
             shards = loader.shards
-            checksums = [shards.checksum(path, size) for path, size in shards.train]
+            num_read = loader.shards_before(count)
+            checksums = []
+            for i, (path, size) in enumerate(shards.train):
+                checksum = shards.checksum(path, size) if i < num_read else None
+                checksums.append([os.path.basename(path), size, checksum])
             source = {"weight": str(weight), "shards": checksums, "dataset": shards.dataset}
             sources.append(source)
         return sources
@@ -256,10 +273,14 @@ class MixtureLoader:
                 count = len(loader.shards.train)
                 yield f"{folder} is not complete: {count} training shards now, fineweb.py adds more"
 
+    def is_written(self, n):
+        """Whether the sequences up to n had been written when each meta.json was last read."""
+        pairs = zip(self.loaders, self.counts_before(n + 1), strict=True)
+        return all(loader.is_written(count - 1) for loader, count in pairs)
+
     def is_available(self, n):
-        """Whether the sequences up to n have been written."""
-        counts = self.counts_before(n + 1)
-        pairs = zip(self.loaders, counts, strict=True)
+        """Whether the sequences up to n have been written; reads meta.json again if not."""
+        pairs = zip(self.loaders, self.counts_before(n + 1), strict=True)
         return all(loader.is_available(count - 1) for loader, count in pairs)
 
     def seconds_since_update(self):

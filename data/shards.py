@@ -177,7 +177,8 @@ class Shards:
     def __init__(self, data_dir):
         self.data_dir = data_dir
         # Only two shards are open at a time, however many there are.
-        self._open = functools.lru_cache(maxsize=2)(OpenShard)
+        self._open = functools.lru_cache(maxsize=2)(self._open_shard)
+        self._sizes = {}
         self.checksum = functools.cache(self._checksum)
         if not has_shards(data_dir):
             raise UserError(no_shards_message(data_dir))
@@ -203,29 +204,40 @@ class Shards:
 
     def refresh(self):
         """Read the folder again; returns the dict of meta.json."""
-        # Every shard is opened once, to compare its size with meta.json's.
         meta = read_meta(self.data_dir) or default_meta(self.data_dir)
         if not meta["shards"]:
             raise UserError(f"{self.data_dir}: {NO_SHARD_YET}")
         self.complete = meta["complete"]
         self.train = []
         self.val = []
+        names = set(os.listdir(self.data_dir))
         for shard in meta["shards"]:
             path = f"{self.data_dir}/{shard['file']}"
-            size = self._open(path).size
-            expected = shard.get("tokens", size)
-            if size != expected:
-                raise UserError(
-                    f"{path}: holds {size} tokens, meta.json says {expected}; make it again"
-                )
+            if shard["file"].split("/")[0] not in names:
+                raise UserError(f"{path}: missing shard; make it again with python fineweb.py")
+            # The sizes in meta.json are compared with the files when those are opened.
+            if "tokens" in shard:
+                self._sizes[path] = shard["tokens"]
+            else:
+                self._sizes[path] = OpenShard(path).size
             split = self.train if shard["split"] == "train" else self.val
-            split.append((path, size))
+            split.append((path, self._sizes[path]))
         return meta
 
-    def _checksum(self, path, size):
-        """[file name, tokens, CRC-32 of eight slices] of a shard of `size` tokens.
+    def _open_shard(self, path):
+        """The OpenShard of a path; UserError if it has not the size that it should have."""
+        shard = OpenShard(path)
+        if shard.size != self._sizes[path]:
+            raise UserError(
+                f"{path}: holds {shard.size} tokens, meta.json says {self._sizes[path]}; make it "
+                "again"
+            )
+        return shard
 
-        The CRC is None if the shard cannot be read, or a token is outside the vocabulary.
+    def _checksum(self, path, size):
+        """The CRC-32 of eight slices of a shard of `size` tokens.
+
+        None if the shard cannot be read, or a token is outside the vocabulary.
         """
         # Eight slices are enough to notice other data, and take no time.
         crc = 0
@@ -235,8 +247,8 @@ class Shards:
                 tokens = self.read(path, start, min(4096, size - start))
                 crc = zlib.crc32(tokens.astype(dtype).tobytes(), crc)
         except UserError:
-            crc = None
-        return [os.path.basename(path), size, crc]
+            return None
+        return crc
 
     def read(self, path, start, count):
         """`count` tokens of a shard from `start` on, int64.

@@ -199,17 +199,17 @@ def shards(tmp_path):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(k, action): call action when the trainer asks for the data of step k."""
-    from data.loader import MixtureLoader
+    from training.micro_batch import BatchReader
 
-    batches = MixtureLoader.batches
+    read = BatchReader.read
 
     def patch(k, action):
-        def patched(self, first, sequences, *args):
-            if first == k * sequences:
+        def patched(self, first, count, B):
+            if first == k * count:
                 action()
-            return batches(self, first, sequences, *args)
+            return read(self, first, count, B)
 
-        monkeypatch.setattr(MixtureLoader, "batches", patched)
+        monkeypatch.setattr(BatchReader, "read", patched)
 
     return patch
 

@@ -602,7 +602,7 @@ def test_out_of_memory_halves_B(capsys, kind):
 
     def setup(train_model, world_size):
         return train_gpt2.Setup(
-            model, train_model, [adamw], None, None, "cpu", B=16, world_size=world_size
+            model, train_model, [adamw], None, None, None, "cpu", B=16, world_size=world_size
         )
 
     found = setup(model, 2)

@@ -9,8 +9,8 @@ import os
 import shlex
 import shutil
 
-from script import UserError, env_int, is_out_of_memory, print0
-from training.distributed import all_true, broadcast_int
+from script import UserError, env_int, is_out_of_memory, is_rank_0, print0
+from training.distributed import all_true, broadcast_int, on_all_ranks
 from training.schedule import extend_run
 from weights import checkpoint_paths, load_checkpoint, model_path, resume_path
 
@@ -150,14 +150,15 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
         values = {key: value for key, value in saved.items() if key in names}
     values["settings"] = settings
     values["defaults"] = defaults
-    values["data"] = loader.fingerprint()
+    values["data"] = []  # LogDir.save() fills it in
     values["compute_dtype"] = compute_dtype
     run = Run(**values)
     if saved:
         # If T has changed, continue at the next full sequence.
         run.tokens = -(-run.tokens // loader.T) * loader.T
         run.exposed_tokens = -(-run.exposed_tokens // loader.T) * loader.T
-        verify_same_data(log_dir, saved["data"], loader, run.tokens // loader.T)
+        num_sequences = run.tokens // loader.T
+        on_all_ranks(lambda: verify_same_data(log_dir, saved["data"], loader, num_sequences))
         if "dtype" not in overrides and compute_dtype != saved["compute_dtype"]:
             old = saved["compute_dtype"].removeprefix("torch.")
             new = compute_dtype.removeprefix("torch.")
@@ -176,8 +177,10 @@ def init_run(log_dir, saved, overrides, loader, settings, defaults, compute_dtyp
 
 
 def verify_same_data(log_dir, saved_data, loader, num_sequences):
-    """Raise UserError if the shards that the run has read, num_sequences of them, have changed."""
-    found_data = loader.fingerprint()
+    """Raise UserError if the shards of the num_sequences that the run has read have changed."""
+    if not is_rank_0():  # one process reads them all
+        return
+    found_data = loader.fingerprint(num_sequences)
     if [x["weight"] for x in saved_data] != [x["weight"] for x in found_data]:
         raise UserError(f"--data_dir: the run in {log_dir} has another mixture; leave it out")
     counts = loader.counts_before(num_sequences)
@@ -195,7 +198,7 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
         is_same = len(new) >= len(old)
         for old_shard, new_shard in zip(old, new, strict=False):
             for old_value, new_value in zip(old_shard, new_shard, strict=False):
-                # An unreadable shard, and a former run, has no checksum.
+                # A shard that has not been read or is unreadable has no checksum.
                 is_same = is_same and (old_value in (new_value, None) or new_value is None)
         if not is_same:
             raise UserError(

@@ -248,10 +248,10 @@ class LogDir:
                 f"{last_checkpoint_message(self.path)}"
             )
         # All ranks take part in gathering the state, rank 0 writes it.
-        run.data = setup.loader.fingerprint()
         weights, states = full_state_dicts(model, setup.optimizers)
         if self.writes:
             self._recreate()
+            run.data = setup.loader.fingerprint(run.tokens // setup.loader.T)
             path = model_path(self.path, run.step)
             model_file = {
                 "model": weights,

@@ -1,11 +1,14 @@
-"""The micro-batch B: the largest that divides a step evenly and fits into memory.
+"""The micro-batches of a step: their size B, and reading them ahead.
 
-B changes memory and speed, not the result: gradients add up over micro-batches.
+B is the largest that divides a step evenly and fits into memory. It changes memory and speed, not
+the result: gradients add up over micro-batches.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 from device import pick_autocast
 from script import UserError, is_out_of_memory, print0
-from training.distributed import all_true
+from training.distributed import all_true, on_all_ranks
 
 import torch
 
@@ -80,3 +83,50 @@ def try_step(fn, model):
     if not fits:
         torch.compiler.reset()  # otherwise the next shape would be compiled as a dynamic one
     return fits
+
+
+class BatchReader:
+    """Reads a step's micro-batches from a MixtureLoader; a thread reads those of the next step.
+
+    So a step does not wait for the disk, nor, on CUDA, for the copy into pinned memory.
+    """
+
+    def __init__(self, loader, device, rank, world_size):
+        self.loader = loader
+        self.rank = rank
+        self.world_size = world_size
+        self.is_cuda = device.startswith("cuda")
+        self.ahead = None  # (arguments of _read(), its future)
+        # The thread pins memory for this process's GPU, not for the first one.
+        kwargs = {}
+        if self.is_cuda:
+            kwargs["initializer"] = torch.cuda.set_device
+            kwargs["initargs"] = (torch.cuda.current_device(),)
+        self.pool = ThreadPoolExecutor(1, **kwargs)
+
+    def read(self, first, count, B):
+        """This rank's micro-batches of sequences first .. first + count - 1: tensors (B, T + 1).
+
+        Raises UserError on all ranks if one of them cannot read a shard.
+        """
+        args = (first, count, B)
+        if not self.ahead or self.ahead[0] != args:
+            self._start(args)
+        batches = on_all_ranks(self.ahead[1].result)
+        if self.loader.is_written(first + 2 * count - 1):
+            self._start((first + count, count, B))
+        return batches
+
+    def _start(self, args):
+        self.ahead = (args, self.pool.submit(self._read, *args))
+
+    def _read(self, first, count, B):
+        batches = []
+        for batch in self.loader.batches(first, count, B, self.rank, self.world_size):
+            batch = torch.from_numpy(batch)
+            batches.append(batch.pin_memory() if self.is_cuda else batch)
+        return batches
+
+    def close(self):
+        """End the thread."""
+        self.pool.shutdown(cancel_futures=True)
