@@ -15,6 +15,7 @@ data/shards.py what is written.
 import collections
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import functools
 import glob
 import itertools
 import os
@@ -24,13 +25,13 @@ import shutil
 import sysconfig
 import threading
 
-from configurator import check_min, configure
+from configurator import check_choice, check_min, configure
 from data.documents import TINYSHAKESPEARE, Documents
 from data.readers import Continuation, read_text
 from data.shard_writer import ShardWriter, token_dtype
 from data.shards import has_shards, read_meta
 from data.token_shards import TOKENIZED, download_token_shards
-from data.tokenizer import EOT, copy_encoding, encode, load_tokenizer
+from data.tokenizer import EOT, copy_encoding, encode, gigatoken_encoder, load_tokenizer
 from files import acquire_lock, download, lock_folder
 from script import UserError, env_int, explain_error, num_cpus, run_as_script
 
@@ -48,75 +49,119 @@ tokenizer = "gpt2"  # gpt2, bytes, the path of a tokenizer.json, or a Hugging Fa
 shard_size = 100_000_000  # tokens per shard
 val_tokens = 0  # tokens for validation; 0: validation files, or a shard, or a small text's tenth
 max_tokens = 0  # stop after this many tokens; 0: take all
+engine = "auto"  # what encodes text: tiktoken, or auto: gigatoken if it is installed
 streaming = True  # read while downloading; False downloads everything first
 
 
 # -- tokenizing -------------------------------------------------------------------
-def encode_documents(texts, enc, dtype):
-    """The token ids of documents, each preceded by <|endoftext|>, as one array of dtype."""
+def encode_documents(texts, enc, encode_text):
+    """The token ids of documents, each preceded by <|endoftext|>, as one array.
+
+    texts are all str or all bytes. encode_text(text) encodes with <|endoftext|> as a token, with
+    the tokenizer enc.
+    """
     # Encode all texts in one call: 5% faster, since it takes the GIL once.
+    is_bytes = isinstance(texts[0], bytes)
     num_documents = 0
     parts = []
     for text in texts:
         if not isinstance(text, Continuation):
             num_documents += 1
-            parts.append(EOT)
+            parts.append(EOT.encode() if is_bytes else EOT)
         parts.append(text)
-    ids = encode(enc, "".join(parts), eot=True)
+    ids = encode_text((b"" if is_bytes else "").join(parts))
     if np.count_nonzero(ids == enc.eot_token) == num_documents:
-        return ids.astype(dtype)
+        return ids
     # A text contains a literal <|endoftext|>, which must not become a token: text by text.
     arrays = []
     for text in texts:
         if not isinstance(text, Continuation):
             arrays.append([enc.eot_token])
-        arrays.append(encode(enc, text))
-    return np.concatenate(arrays).astype(dtype)
+        arrays.append(encode(enc, to_str(text)))
+    return np.concatenate(arrays)
 
 
-def tokenize(texts, enc, dtype, batch_chars=1 << 19):
+def to_str(text):
+    return text.decode() if isinstance(text, bytes) else text
+
+
+def check_same_ids(text, enc, encode_text):
+    """Raise UserError if encode_text(), gigatoken's, encodes a text differently than tiktoken."""
+    found = encode_text(text)
+    expected = encode(enc, text, eot=True)
+    if np.array_equal(found, expected):
+        return
+    # Show the place.
+    size = min(len(found), len(expected))
+    first = int(np.argmax(np.append(found[:size] != expected[:size], True)))
+    place = enc.decode(expected[max(0, first - 5) : first + 5].tolist())
+    raise UserError(f"gigatoken encodes {place!r} differently than tiktoken: use --engine=tiktoken")
+
+
+class Encoder:
+    """Encodes batches of documents, in several threads, as arrays of dtype."""
+
+    def __init__(self, enc, dtype):
+        self.enc = enc
+        self.dtype = dtype
+        self.local = threading.local()  # each thread's copy of enc
+        self.gigatoken = None  # its encode function, once it is used
+
+    def encode(self, texts):
+        """The token ids of documents, see encode_documents()."""
+        # Rust's regex is fastest in the first thread that uses it: a copy per thread, 1.13 times
+        # the speed.
+        if not hasattr(self.local, "enc"):
+            self.local.enc = copy_encoding(self.enc)
+        encode_text = self.gigatoken
+        if encode_text is None:
+            encode_text = functools.partial(encode, self.local.enc, eot=True)
+        else:
+            # It is a young library: compare the start of each batch.
+            check_same_ids(to_str(texts[0])[:2000], self.local.enc, encode_text)
+        # Only gigatoken takes bytes.
+        if self.gigatoken is None or not all(isinstance(text, bytes) for text in texts):
+            texts = [to_str(text) for text in texts]
+        return encode_documents(texts, self.local.enc, encode_text).astype(self.dtype)
+
+
+def batch_documents(texts, batch_chars):
+    """Yield lists of documents, of about batch_chars characters each."""
+    batch = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= batch_chars:
+            yield batch
+            batch = []
+            chars = 0
+    if batch:
+        yield batch
+
+
+def tokenize(texts, enc, dtype, engine="auto", batch_chars=1 << 20):
     """Yield (tokens, state) for batches of about batch_chars characters of documents, in order.
 
     tokens is an array of token ids; state is what texts.state was after the last document, or None.
-    Threads use all cores: tiktoken releases the GIL and returns arrays, so nothing is pickled. At
-    most four batches per core are in flight, so memory does not grow with the corpus.
+    Threads use all cores: the tokenizers release the GIL and return arrays, so nothing is pickled.
+    At most four batches per core are in flight, so memory does not grow with the corpus.
     """
-    local = threading.local()
-
-    def encode_batch(batch):
-        if not hasattr(local, "enc"):
-            # Rust's regex is fastest in the first thread that uses it: a copy per thread, 1.13
-            # times the speed.
-            local.enc = copy_encoding(enc)
-        return encode_documents(batch, local.enc, dtype)
-
-    with ThreadPoolExecutor(num_cpus()) as pool:
+    encoder = Encoder(enc, dtype)
+    num_threads = num_cpus()
+    with ThreadPoolExecutor(num_threads) as pool:
         # Results are taken in the order in which the batches were submitted.
         in_flight = collections.deque()  # (future, state)
-
-        def submit(batch):
-            in_flight.append((pool.submit(encode_batch, batch), getattr(texts, "state", None)))
-
-        def next_result():
-            future, state = in_flight.popleft()
-            return future.result(), state
-
-        # Collect documents until they make a batch.
-        batch = []
-        chars = 0
-        for text in texts:
-            batch.append(text)
-            chars += len(text)
-            if chars >= batch_chars:
-                submit(batch)
-                batch = []
-                chars = 0
-                if len(in_flight) > 4 * num_cpus():
-                    yield next_result()
-        if batch:
-            submit(batch)
-        while in_flight:
-            yield next_result()
+        for number, batch in enumerate(batch_documents(texts, batch_chars)):
+            # gigatoken takes half a second to load: not for a small text.
+            if number == 2 and engine == "auto":
+                encoder.gigatoken = gigatoken_encoder(enc)
+            in_flight.append((pool.submit(encoder.encode, batch), getattr(texts, "state", None)))
+            if len(in_flight) > 4 * num_threads:
+                future, state = in_flight.popleft()
+                yield future.result(), state
+        for future, state in in_flight:
+            yield future.result(), state
 
 
 def write_shards(
@@ -128,14 +173,15 @@ def write_shards(
     max_tokens=0,
     val_tokens=0,
     val_texts=None,
+    engine="auto",
     **about,
 ):
     """Tokenize documents into shards in out_dir; returns meta.json's dict.
 
     `prefix` starts the names of the shards; val_texts are the documents of the validation split, if
     it has its own; `about` goes into meta.json: dataset, subset, seed. If out_dir holds the start
-    of these shards, they are continued; texts is then a Documents. Raises UserError if there are no
-    documents.
+    of these shards, they are continued; texts is then a Documents. The engine does not change them.
+    Raises UserError if there are no documents.
     """
     # Other settings make other shards: meta.json stores them.
     about["max_tokens"] = max_tokens
@@ -154,19 +200,20 @@ def write_shards(
     # Whatever happens, leaving writer.pool completes the shard that is being written.
     with writer.pool, bar:
         if val_texts and writer.split == "val":
-            write_texts(val_texts, writer, bar, val_tokens or max_tokens // 10)
+            write_texts(val_texts, writer, bar, val_tokens or max_tokens // 10, engine)
             writer.end_validation()
             if val_texts.report():
                 print(f"\nvalidation files: {val_texts.report()}")
-        write_texts(texts, writer, bar, max_tokens)
+        write_texts(texts, writer, bar, max_tokens, engine)
         return writer.close()
 
 
-def write_texts(texts, writer, bar, max_tokens):
+def write_texts(texts, writer, bar, max_tokens, engine):
     """Tokenize documents, from the writer's position on, until it has received max_tokens."""
     if writer.state:
         texts.state = writer.state
-    with contextlib.closing(tokenize(texts, writer.enc, token_dtype(writer.enc))) as batches:
+    batches = tokenize(texts, writer.enc, token_dtype(writer.enc), engine)
+    with contextlib.closing(batches):
         for tokens, state in batches:
             # The last document may be cut.
             if max_tokens:
@@ -244,7 +291,7 @@ def write_dataset(enc):
     # FineWeb's default subset is the whole of it, 1.3T tokens: start with a sample.
     default_subset = "sample-10BT" if dataset.startswith("fineweb") else None
     name = subset or default_subset
-    texts = Documents(dataset, name, text_column, streaming, split)
+    texts = Documents(dataset, name, text_column, streaming, split, as_bytes=True)
     about = {
         "dataset": dataset,
         "subset": name,
@@ -266,6 +313,7 @@ def write_dataset(enc):
         max_tokens,
         val_tokens,
         texts.validation(),
+        engine,
         **about,
     )
     return meta, texts.report()
@@ -285,6 +333,7 @@ def check_dataset():
 
 
 def main():
+    check_choice("engine", engine, ("auto", "tiktoken"))
     check_min(1, shard_size=shard_size)
     check_min(0, val_tokens=val_tokens, max_tokens=max_tokens)
     if 0 < max_tokens <= val_tokens:

@@ -16,6 +16,7 @@ import time
 from data.dataset_files import SPLIT_WORDS, find_files
 from data.readers import (
     READ_ERRORS,
+    UTF8_READERS,
     Continuation,
     UnreadableRow,
     find_reader,
@@ -40,13 +41,13 @@ ROLES = {"human": "User", "gpt": "Assistant"}
 
 # -- rows ---------------------------------------------------------------------------
 def render_chat(value):
-    """The text in a column: a string, or a chat as "User: ...", blank line, "Assistant: ...".
+    """The text in a column: a str or bytes, or a chat as "User: ...", blank line, "Assistant: ...".
 
     A chat is a list of {"role", "content"} or {"from", "value"}. Content can be a list of parts, of
     which {"text"} is used. Messages without text, such as tool calls, are left out. Returns None if
     the value is neither.
     """
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, (str, bytes)):
         return value or ""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None
@@ -81,6 +82,7 @@ class FileCounts:
     rows: int = 0
     documents: int = 0
     has_column: bool = False  # whether a row has one of the columns
+    is_utf8: bool = False  # whether its reader has checked that the texts are
 
 
 class Documents:
@@ -91,11 +93,21 @@ class Documents:
     read, has no such column or no row with text, or if more than three rows and 1% of all are
     unreadable. A broken connection to the hub is tried again, five times with growing pauses.
 
+    Documents are strs; with as_bytes, those of Parquet and Arrow files are bytes, in UTF-8.
+
     `state`, plain JSON values, is the current position of an iteration and the start of the next
     one; it can be set. What has been read is not read again.
     """
 
-    def __init__(self, dataset, subset=None, text_column="text", streaming=True, split="train"):
+    def __init__(
+        self,
+        dataset,
+        subset=None,
+        text_column="text",
+        streaming=True,
+        split="train",
+        as_bytes=False,
+    ):
         self.dataset = dataset
         self.subset = subset
         self.columns = [text_column]
@@ -103,6 +115,7 @@ class Documents:
             self.columns += ["messages", "conversations"]  # chats
         self.streaming = streaming
         self.split = split
+        self.as_bytes = as_bytes
         self.is_local = os.path.exists(dataset) or dataset == "tinyshakespeare"
         # A mistyped path must not become a request to the hub.
         is_hub_name = dataset in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)
@@ -203,13 +216,22 @@ class Documents:
         text = row
         if isinstance(row, dict):
             text = self._text_of_columns(row, location)
+        if isinstance(text, bytes):
+            return text if self.as_bytes else text.decode()
         # A surrogate cannot be encoded as UTF-8: the file or an escape in its JSON is damaged.
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        try:
+            if not self.current.is_utf8:
+                text.encode()
+        except UnicodeEncodeError:
             raise UnreadableRow("half of a surrogate pair, or not UTF-8")
         return text
 
     def _text_of_columns(self, row, location):
         """The first text in a row's columns; "" if there is none, which is counted."""
+        text = row.get(self.columns[0])
+        if text and isinstance(text, (str, bytes)):  # nearly always
+            self.current.has_column = True
+            return text
         has_column = False
         for column in self.columns:
             if column in row or column.partition(".")[0] in row:
@@ -259,6 +281,7 @@ class Documents:
             reader = find_reader(path)
             unit = "line" if reader is read_json_lines else "row"
             self.current = FileCounts(documents=1 if position else 0)
+            self.current.is_utf8 = reader in UTF8_READERS
             row = None
             try:
                 for row, next_position in reader(path, self.columns, position):

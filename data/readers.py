@@ -212,7 +212,7 @@ def csv_rows(f, delimiter, names):
                 next(csv.reader(itertools.chain(list(row_lines), unread), delimiter=delimiter))
             # A quotation without an end: the rest of the file is in it.
             if row_lines[-1] is None:
-                raise ValueError(f"row {number}: its quotation has no end")
+                raise ValueError(f"row {number}: {e}: its quotation has no end")
             yield UnreadableRow(f'{e}; in a field a " is written ""')
             continue
         if any(fields[len(names) :]):
@@ -243,7 +243,7 @@ def read_parquet(path, columns, position):
                     size += column.total_uncompressed_size
             num_rows = min(1000, 1 + (group.num_rows << 22) // max(1, size))
             for batch in f.iter_batches(num_rows, row_groups=[i], columns=wanted):
-                for row in batch_rows(batch):
+                for row in batch_rows(batch, wanted):
                     number += 1
                     if number > num_done:
                         yield row, [number]
@@ -266,8 +266,9 @@ def read_arrow(path, columns, position):
                 number += batch.num_rows
                 continue
             batch = batch.select(wanted)
-            for start in range(0, batch.num_rows, 10):
-                for row in batch_rows(batch.slice(start, 10)):
+            num_rows = 1 + (batch.num_rows << 22) // max(1, batch.nbytes)
+            for start in range(0, batch.num_rows, num_rows):
+                for row in batch_rows(batch.slice(start, num_rows), wanted):
                     number += 1
                     if number > num_done:
                         yield row, [number]
@@ -279,17 +280,31 @@ def wanted_columns(names, columns):
     return wanted or names
 
 
-def batch_rows(batch):
-    """The rows of an Arrow batch, dicts; an UnreadableRow where a text is not UTF-8."""
+def batch_rows(batch, columns):
+    """The rows of an Arrow batch, dicts, with the texts of `columns` as bytes, in UTF-8.
+
+    So no str is made of a text that only goes to the tokenizer. A row with a text that is not UTF-8
+    is an UnreadableRow.
+    """
+    import pyarrow
+
+    arrays = []
     try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:
-        rows = []
-        for i in range(batch.num_rows):
-            try:
-                rows += batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError as e:
-                rows.append(UnreadableRow(f"not UTF-8 ({e.reason})"))
+        for name, array in zip(batch.schema.names, batch.columns, strict=True):
+            kind = str(array.type)
+            if name in columns and kind in ("string", "large_string", "binary", "large_binary"):
+                # The same buffers, checked for UTF-8, as bytes.
+                array = array.view(kind.replace("binary", "string"))
+                array.validate(full=True)
+                array = array.view(kind.replace("string", "binary"))
+            arrays.append(array)
+        return pyarrow.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
+    except ValueError as e:  # pyarrow's and Python's for a text that is not UTF-8
+        if batch.num_rows == 1:
+            return [UnreadableRow(f"not UTF-8 ({e})")]
+    rows = []
+    for i in range(batch.num_rows):
+        rows += batch_rows(batch.slice(i, 1), columns)
     return rows
 
 
@@ -401,6 +416,10 @@ READERS = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
+
+
+# Those that check each text; the others let halves of surrogate pairs through.
+UTF8_READERS = (read_text_file, read_parquet, read_arrow)
 
 
 def find_reader(path):

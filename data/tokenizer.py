@@ -193,6 +193,28 @@ def encode_with_tiktoken(enc, text, special):
         return np.concatenate(parts)
 
 
+def gigatoken_encoder(enc):
+    """A function that does what encode(enc, text, eot=True) does, with gigatoken, 10 times as fast.
+
+    None if gigatoken is not installed or does not know the tokenizer's pattern.
+    """
+    try:
+        import gigatoken
+
+        fast = gigatoken.Tokenizer.from_json(json.dumps(to_tokenizer_json(enc)))
+    except (ImportError, RuntimeError, ValueError):
+        return None
+
+    def encode_text(text):
+        try:
+            # As a batch, since encode() holds the GIL.
+            return np.asarray(fast.encode_batch([text], parallel=False)[0])
+        except UnicodeEncodeError:
+            return encode(enc, text, eot=True)
+
+    return encode_text
+
+
 def token_byte_lengths(enc):
     """The UTF-8 bytes of each token id, a list of n_vocab ints; 0 for special and unused ids."""
     lengths = [0] * enc.n_vocab
@@ -268,16 +290,28 @@ def bpe_merges(ranks):
     # A tokenizer.json needs the merges; tiktoken keeps only the tokens that they lead to.
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        # Encode the token with only the merges that have a lower rank, until two parts are left.
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = list(itertools.pairwise(parts))
-            pair_ranks = [ranks.get(a + b, ranks[token]) for a, b in pairs]
-            i = pair_ranks.index(min(pair_ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
+        rank = ranks[token]
+        # Usually there is only one way to split it into two tokens that come before it.
+        splits = []
+        for i in range(1, len(token)):
+            if ranks.get(token[:i], rank) < rank and ranks.get(token[i:], rank) < rank:
+                splits.append((token[:i], token[i:]))
+        if len(splits) > 1:
+            splits = [last_merge(token, ranks)]
+        merges += splits
     return merges
+
+
+def last_merge(token, ranks):
+    """The pair of tokens that BPE merges last to make a token."""
+    # Encode the token with only the merges that have a lower rank, until two parts are left.
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = list(itertools.pairwise(parts))
+        pair_ranks = [ranks.get(a + b, ranks[token]) for a, b in pairs]
+        i = pair_ranks.index(min(pair_ranks))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
 
 
 def from_tokenizer_json(content, source):
