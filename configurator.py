@@ -14,6 +14,7 @@ import ast
 import difflib
 import os
 import sys
+import textwrap
 
 from script import UserError
 
@@ -227,17 +228,36 @@ def parse_command_line(args, settings):
     return values
 
 
-def print_help(module, settings):
-    """Print a script's docstring, and each setting with its default and its comment."""
+def read_headings(path):
+    """{name: the heading above it} of a script's settings: the last line that is a comment."""
+    headings = {}
+    heading = ""
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("# "):
+                heading = line.strip("# -\n")
+            elif " = " in line:
+                headings.setdefault(line.partition(" = ")[0], heading)
+    return headings
+
+
+def print_help(module, settings, values):
+    """Print a script's docstring, and each setting with its value and its comment, in groups."""
     print((module["__doc__"] or "").strip())
-    print("\nsettings:")
-    # One line per setting, with the comments aligned.
-    shown = {}
-    for name, (default, _) in settings.items():
-        shown[name] = f"--{name}={default}".replace("\n", "\\n")
-    width = max(map(len, shown.values()))
+    # Groups as in the source: a line of comment above some settings is their heading.
+    headings = read_headings(module["__file__"])
+    heading = None
     for name, (_, comment) in settings.items():
-        print(f"  {shown[name]:<{width}}  {comment}".rstrip())
+        if headings.get(name) != heading:
+            heading = headings.get(name)
+            print(f"\n{heading}")
+        shown = f"  --{name}={values[name]}".replace("\n", "\\n")
+        indent = " " * 32
+        if len(shown) > 30:
+            print(shown)
+            shown = ""
+        print(textwrap.fill(comment, 100, initial_indent=f"{shown:<32}", subsequent_indent=indent))
+    print("\nNames that nanoGPT and Hugging Face use are answered with ours.")
 
 
 def expand_value(key, value):
@@ -260,12 +280,16 @@ def configure(module, get_settings=None):
     Raises UserError for a mistake; --help prints the settings and exits with status 0.
     """
     settings = read_settings(os.path.abspath(module["__file__"]))
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help(module, settings)
-        sys.exit(0)
-    overrides = parse_command_line(sys.argv[1:], settings)
+    # Help shows the values that apply, so it needs the other arguments.
+    args = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
+    overrides = parse_command_line(args, settings)
     overrides = {key: expand_value(key, value) for key, value in overrides.items()}
-    module.update(get_settings(overrides) if get_settings else overrides)
+    values = get_settings(overrides) if get_settings else overrides
+    if len(args) < len(sys.argv) - 1:
+        defaults = {key: default for key, (default, _) in settings.items()}
+        print_help(module, settings, {**defaults, **values})
+        sys.exit(0)
+    module.update(values)
     for key in settings:
         module[key] = expand_value(key, module[key])
     return overrides

@@ -67,6 +67,7 @@ def lock_folder(folder):
 
 def is_locked(folder):
     """Whether a process holds the lock of a folder. A .lock file alone is none."""
+    # Whoever can take the lock knows that nobody has it.
     path = f"{folder}/.lock"
     if not os.path.exists(path):
         return False
@@ -97,6 +98,7 @@ def download(url, path, timeout=30, tries=3):
     folder, name = os.path.split(path)
     lock = acquire_lock(os.path.join(folder, f".{name}.lock"), timeout=-1)
     try:
+        # Another process may have downloaded it meanwhile.
         if os.path.exists(path):
             return
         # A refusal (404, 403) is final; anything else may work a moment later.

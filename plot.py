@@ -171,8 +171,9 @@ def import_pyplot():
         import matplotlib
     except ImportError:
         raise UserError("plotting needs matplotlib: pip install matplotlib")
-    # Draw to a file: there may be no display.
-    matplotlib.use("Agg")
+    # Draw to a file: there may be no display. A notebook has its own way to show pictures.
+    if "MPLBACKEND" not in os.environ:
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
@@ -219,19 +220,17 @@ def draw_loss(ax, runs):
         for kind in ("train", "val"):
             if kind not in run.rows:
                 continue
-            # The training loss is smoothed, with the raw curve pale behind it; the validation loss
-            # is exact.
+            # The training loss is smoothed and pale, gray if there is one run only; the validation
+            # loss is exact and bold.
             values = run.values(kind, "value")
             style = {"color": run.color, "label": f"{run.name} {kind}".strip()}
             if kind == "train":
-                window = max(1, len(values) // 200)
-                if window > 1:
-                    at = run.x_values(kind)
-                    ax.plot(at, values, color=run.color, alpha=0.15, linewidth=0.5)
-                values = smooth(values, window)
-                style |= {"linewidth": 1, "alpha": 0.7}
+                values = smooth(values, max(1, len(values) // 200))
+                style |= {"linewidth": 1, "alpha": 0.5}
+                if len(runs) == 1:
+                    style["color"] = "0.4"
             else:
-                style |= {"linewidth": 2, "markersize": 4}
+                style |= {"linewidth": 2.2, "markersize": 5}
                 if len(values) < 40:
                     style["marker"] = "o"
             ax.plot(run.x_values(kind), values, **style)
@@ -265,15 +264,20 @@ class Curve:
     ylabel: str
     scale: float = 1.0
     log: bool = False
+    has_outliers: bool = False  # leave out the first step, and zoom in on 96% of the others
     chance: float | None = None
     published: tuple = ()  # (score, name) of models to compare with
 
     def draw(self, ax, runs):
+        shown = [np.empty(0)]
         for run in runs:
             if not run.has(self.kind, self.key):
                 continue
             # Values of every step are smoothed; the others are few, and get markers.
             values = run.values(self.kind, self.key) * self.scale
+            if self.has_outliers:
+                values[:1] = math.nan
+                shown.append(values[np.isfinite(values)])
             style = {"color": run.color, "label": run.name}
             if self.kind == "train":
                 values = smooth(values, max(1, len(values) // 200))
@@ -286,6 +290,10 @@ class Curve:
         if all_gpt2_tokens(runs):
             for score, name in self.published:
                 draw_baseline(ax, score, name)
+        shown = np.concatenate(shown)
+        if len(shown):
+            low, high = np.percentile(shown, (2, 98))
+            ax.set_ylim(0.9 * low, 1.1 * high)
         # The axes: a log scale for norms, powers of ten for rates.
         ax.set(title=self.title, ylabel=self.ylabel)
         if self.log:
@@ -302,7 +310,7 @@ CURVES = [
     Curve("ewok", "value", "EWoK", "context score", chance=0.5),
     Curve("train", "lr", "learning rate", "AdamW's lr"),
     Curve("train", "grad_norm", "gradient norm", "norm before clipping", log=True),
-    Curve("train", "tokens_per_second", "throughput", "thousand tokens/s", scale=1e-3),
+    Curve("train", "tokens_per_second", "throughput", "thousand tokens/s", 1e-3, has_outliers=True),
 ]
 
 
@@ -334,10 +342,12 @@ def draw_runs(folders):
     num_columns = min(2, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
     size = (5.6 * num_columns, 3.5 * num_rows)
-    fig, axes = plt.subplots(
-        num_rows, num_columns, figsize=size, squeeze=False, layout="constrained"
-    )
-    for ax, draw in zip(axes.flat, panels, strict=False):
+    fig = plt.figure(figsize=size, layout="constrained")
+    grid = fig.add_gridspec(num_rows, num_columns)
+    for i, draw in enumerate(panels):
+        # The last one fills its row.
+        row, column = divmod(i, num_columns)
+        ax = fig.add_subplot(grid[row, column:] if i == len(panels) - 1 else grid[row, column])
         draw(ax, runs)
         ax.set_xlabel("hours of training" if x == "hours" else x)
         if x == "tokens":
@@ -347,8 +357,6 @@ def draw_runs(folders):
         labels = ax.get_legend_handles_labels()[1]
         if labels:
             ax.legend(ncols=2 if len(labels) > 4 else 1)
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
     return fig
 
 

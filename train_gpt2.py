@@ -43,10 +43,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 # -- settings: override any with --key=value --------------------------------------
+# what most people change
 preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large, -xl; auto: gpt2 if data_dir has shards
 data_dir = "edu_fineweb10B"  # the folder of token shards; a mixture of folders is a:0.7,b:0.3
-val_dir = ""  # other shards to validate on; empty: those of data_dir
 log_dir = "log"  # the folder for logs and checkpoints
+max_steps = 19_073  # length of the run; 19,073 is 1 epoch of 10B tokens at 0.5M tokens per step
+B = 64  # micro-batch: sequences on a device at a time; changes memory and speed, not the result
+# where to start
 resume = False  # continue the run in log_dir, if there is one, with its settings
 resume_step = -1  # resume from the checkpoint of this step; later ones are moved to old_N/
 init_from = ""  # start from these weights: a .pt file, a hub name (gpt2, owner/name) or its folder
@@ -67,14 +70,12 @@ softcap = 0.0  # cap the logits at +-softcap with tanh; 0: no cap
 zero_init = False  # initialize the residual projections (c_proj) to zero
 tie_embeddings = True  # the output layer shares the weights of the token embedding
 # batch
-B = 64  # micro-batch: sequences on a device at a time; changes memory and speed, not the result
 T = 1024  # context: tokens per sequence
 total_batch_size = 524_288  # tokens per step, over all devices and micro-batches
 # optimizer and schedule
 optimizer = "adamw"  # adamw, or muon for the matrices of the blocks (with AdamW for the rest)
 schedule = "cosine"  # cosine, or wsd: max_lr, then a cooldown to min_lr
 cooldown_steps = 1900  # length of wsd's cooldown, linear from max_lr to min_lr
-max_steps = 19_073  # length of the run; 19,073 is 1 epoch of 10B tokens at 0.5M tokens per step
 warmup_steps = 715  # length of the warmup; 715 is GPT-3's 375M tokens
 max_lr = 6e-4  # highest learning rate; 6e-4 is GPT-3 124M's
 min_lr = 6e-5  # learning rate at the end of the run
@@ -88,6 +89,7 @@ hellaswag_every = 250  # run HellaSwag (hellaswag.py) every N steps; 0: never
 hellaswag_limit = 0  # use only the first N items of HellaSwag; 0: all
 ewok_every = 250  # run EWoK (ewok.py) every N steps; 0: never
 ewok_items = False  # log the scores of each EWoK item, to log/ewok_items.jsonl
+val_dir = ""  # other shards to measure the validation loss on; empty: those of data_dir
 val_tokens = 10_485_760  # measure the validation loss on the first N validation tokens
 sample_every = 250  # generate a sample of text every N steps; 0: never
 sample_prompt = "Hello, I'm a language model,"  # prompt of the samples; empty: <|endoftext|>

@@ -58,6 +58,7 @@ def find_checkpoint(ckpt, log_dir):
 
     ckpt can also be another log folder, of which it is the latest.
     """
+    # A folder is a log folder: Hugging Face's are handled by the caller.
     if os.path.isdir(ckpt):
         log_dir = ckpt
         ckpt = "latest"

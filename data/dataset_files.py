@@ -48,6 +48,7 @@ def find_files(path):
             raise no_data_files(path)
         splits["train"].append(path)
         return splits
+    # What looks like data, and is not a second name or metadata, is read.
     skipped = collections.Counter()
     found = sorted(walk(path, skipped))
     data_files = [name for name in found if find_reader(name)]
@@ -67,6 +68,7 @@ def find_files(path):
         splits[split].append(name)
     if not any(splits.values()):
         raise no_data_files(path)
+    # Say what is left out, and what the names mean.
     if skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(6))
         print(f"{path}: {skipped.total()} files or folders are not read ({reasons})")
@@ -92,6 +94,7 @@ def reason_to_skip(root, name, data_files):
     """Why a file in a dataset's folder is not read, in words; "" if it is."""
     if not find_reader(name):
         return os.path.splitext(name)[1] or "no extension"
+    # A dataset of one such file is what it seems.
     folder, base = os.path.split(name)
     if base in METADATA and len(data_files) > 1:
         return "dataset's metadata"
@@ -148,6 +151,7 @@ def walk(path, skipped):
             folders.clear()
             continue
         seen.add(real_path)
+        # Hidden folders and files are not read.
         hidden = [name for name in folders if name.startswith(".")]
         # macOS writes ._a.txt beside a.txt.
         hidden += [name for name in names if re.match(r"\.[^_]", name) and find_reader(name)]
@@ -161,6 +165,7 @@ def walk(path, skipped):
 
 def is_written_by_us(folder, names):
     """Whether a folder holds token shards, or is a run's log folder."""
+    # A folder that is being written may hold nothing but its lock.
     has_shards = "meta.json" in names and any(name.endswith((".npy", ".bin")) for name in names)
     has_log = "log.txt" in names and "metrics.jsonl" in names
     return has_shards or has_log or is_locked(folder)

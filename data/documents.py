@@ -143,6 +143,7 @@ class Documents:
         """The Documents of the files whose names say that they are for validation; None if none."""
         if not self.is_local or self.split != "train" or not self._find_files()["validation"]:
             return None
+        # The same dataset, with counts of its own.
         texts = copy.copy(self)
         texts.split = "validation"
         texts.skipped = collections.Counter()
@@ -159,6 +160,7 @@ class Documents:
 
     def _files_of_split(self):
         """The sorted paths of the files of the split; UserError if there are none."""
+        # val means validation, as in file names.
         files = self._find_files()
         paths = files.get(SPLIT_WORDS.get(self.split))
         if not paths:
@@ -278,6 +280,7 @@ class Documents:
                 continue
             position = start_position if path == start_file else None
             check_lfs_pointer(path)
+            # The columns and counts of each file are its own.
             reader = find_reader(path)
             unit = "line" if reader is read_json_lines else "row"
             self.current = FileCounts(documents=1 if position else 0)
@@ -299,6 +302,7 @@ class Documents:
         """Raise UserError if a file had rows and no document."""
         if not self.current.rows or self.current.documents:
             return
+        # Either the column is missing, or its values are no texts.
         if isinstance(last_row, dict) and not self.current.has_column:
             raise UserError(self._no_column(last_row, name))
         raise UserError(f"{name}: no row has text; take the file out ({self.report()})")

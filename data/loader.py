@@ -117,6 +117,7 @@ class ShardLoader:
 
     def shards_before(self, n):
         """How many of the shards the sequences before n read: the first ones."""
+        # From the second epoch on, all of them.
         if n >= self.windows_per_epoch:
             return len(self.windows_per_shard)
         _, ends = self._shard_order(0)

@@ -59,6 +59,7 @@ class MultiStreamFile(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer):
+        # Until there is some content: a stream can be empty.
         while True:
             if self.decompressor is None or self.decompressor.eof:
                 # Zeros pad a file to the blocks of a tape or disk.
@@ -74,6 +75,7 @@ class MultiStreamFile(io.RawIOBase):
                 self.compressed = self.f.read(1 << 16)
                 if not self.compressed:
                     raise EOFError("the compressed file is cut short")
+            # What does not fit the buffer stays inside the decompressor.
             data = self.decompressor.decompress(self.compressed, len(buffer))
             self.compressed = b""
             if data:
@@ -256,6 +258,7 @@ def read_arrow(path, columns, position):
     (num_done,) = position or (0,)
     number = 0
     with pyarrow.memory_map(path) as f:
+        # The two formats begin differently.
         is_file = f.read(6) == b"ARROW1"
         f.seek(0)
         reader = pyarrow.ipc.open_file(f) if is_file else pyarrow.ipc.open_stream(f)
@@ -266,6 +269,7 @@ def read_arrow(path, columns, position):
                 number += batch.num_rows
                 continue
             batch = batch.select(wanted)
+            # A batch is a view of the file: only the rows that become Python objects take memory.
             num_rows = 1 + (batch.num_rows << 22) // max(1, batch.nbytes)
             for start in range(0, batch.num_rows, num_rows):
                 for row in batch_rows(batch.slice(start, num_rows), wanted):
@@ -302,6 +306,7 @@ def batch_rows(batch, columns):
     except ValueError as e:  # pyarrow's and Python's for a text that is not UTF-8
         if batch.num_rows == 1:
             return [UnreadableRow(f"not UTF-8 ({e})")]
+    # Find the row, or rows, by taking each alone.
     rows = []
     for i in range(batch.num_rows):
         rows += batch_rows(batch.slice(i, 1), columns)

@@ -78,6 +78,7 @@ class ShardWriter:
             "complete": False,
             "shards": [],
         }
+        # Which split comes next: first validation, then training.
         self.has_val_files = about.get("val_files", False)
         self.split = "val"  # of the next shard
         self.flushed = 0
@@ -176,6 +177,7 @@ class ShardWriter:
 
     def end_validation(self):
         """Complete the validation split: what is added from now on is for training."""
+        # The last shard may be a short one.
         self._write_pending()
         if not self.flushed:
             raise UserError("the validation files hold no text: take them out")

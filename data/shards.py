@@ -226,6 +226,7 @@ class Shards:
 
     def _open_shard(self, path):
         """The OpenShard of a path; UserError if it has not the size that it should have."""
+        # It may have been replaced since meta.json was written.
         shard = OpenShard(path)
         if shard.size != self._sizes[path]:
             raise UserError(
@@ -272,6 +273,7 @@ class OpenShard:
     """
 
     def __init__(self, path):
+        # The map is only used to learn the format.
         tokens = open_shard(path)
         self.path = path
         self.size = len(tokens)

@@ -138,12 +138,8 @@ def encode(enc, text, eot=False):
     patterns = added_token_patterns(enc, eot)
     if patterns:
         return encode_parts(enc, text, patterns)
-    return encode_with_tiktoken(enc, text, enc.special_tokens_set if eot else other_tokens(enc))
-
-
-def other_tokens(enc):
-    """The added tokens but <|endoftext|>."""
-    return enc.special_tokens_set - {EOT}
+    special = enc.special_tokens_set if eot else enc.special_tokens_set - {EOT}
+    return encode_with_tiktoken(enc, text, special)
 
 
 def token_flags(enc, token):
@@ -158,7 +154,7 @@ def added_token_patterns(enc, eot):
     Empty if tiktoken finds the same tokens. Of several that start at one place it takes any,
     Hugging Face the longest; and those that are `normalized` are looked for after the others.
     """
-    tokens = enc.special_tokens_set if eot else other_tokens(enc)
+    tokens = enc.special_tokens_set if eot else enc.special_tokens_set - {EOT}
     groups = {False: [], True: []}
     for token in sorted(tokens, key=len, reverse=True):
         groups[token_flags(enc, token)["normalized"]].append(token)
@@ -172,6 +168,7 @@ def encode_parts(enc, text, patterns):
     """encode() of a text that is first split at what the patterns match."""
     if not patterns:
         return encode_with_tiktoken(enc, text, set())
+    # What is between the matches is split by the next pattern.
     parts = []
     end = 0
     for match in patterns[0].finditer(text):
@@ -193,33 +190,12 @@ def encode_with_tiktoken(enc, text, special):
         return np.concatenate(parts)
 
 
-def gigatoken_encoder(enc):
-    """A function that does what encode(enc, text, eot=True) does, with gigatoken, 10 times as fast.
-
-    None if gigatoken is not installed or does not know the tokenizer's pattern.
-    """
-    try:
-        import gigatoken
-
-        fast = gigatoken.Tokenizer.from_json(json.dumps(to_tokenizer_json(enc)))
-    except (ImportError, RuntimeError, ValueError):
-        return None
-
-    def encode_text(text):
-        try:
-            # As a batch, since encode() holds the GIL.
-            return np.asarray(fast.encode_batch([text], parallel=False)[0])
-        except UnicodeEncodeError:
-            return encode(enc, text, eot=True)
-
-    return encode_text
-
-
 def token_byte_lengths(enc):
     """The UTF-8 bytes of each token id, a list of n_vocab ints; 0 for special and unused ids."""
     lengths = [0] * enc.n_vocab
     for token, rank in enc._mergeable_ranks.items():
         lengths[rank] = len(token)
+    # Added tokens that are ordinary text count too.
     for token, i in enc._special_tokens.items():
         if not token_flags(enc, token)["special"]:
             lengths[i] = len(token.encode())

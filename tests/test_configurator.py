@@ -1,8 +1,11 @@
 """The grammar of the command line, on a script made for it."""
 
+import re
 import runpy
+import subprocess
 import sys
 
+from conftest import command
 from script import UserError
 
 import pytest
@@ -142,9 +145,29 @@ def test_help_lists_defaults_and_comments(configured, capsys):
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("What it does.\n")
-    assert "--max_steps=19073  how long\n" in out
-    assert "--compile=auto     or not\n" in out
+    assert re.search(r"  --max_steps=19073 +how long\n", out)
+    assert re.search(r"  --compile=auto +or not\n", out)
     assert "LIMIT" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], {"--n_embd=128", "--B=16"}),  # no shards here: the demo
+        (["--preset=modern"], {"--n_embd=768", "--optimizer=muon", "--max_lr=0.0036"}),
+        (["--preset=gpt2", "--max_steps=100"], {"--optimizer=adamw", "--max_steps=100"}),
+    ],
+)
+def test_help_of_the_trainer(tmp_path, args, expected):
+    """In groups, at most 100 columns wide, with the values that apply."""
+    out = subprocess.check_output(
+        command("train_gpt2.py", "--help", *args), cwd=tmp_path, text=True
+    )
+    assert expected <= set(out.split())
+    headings = [line for line in out.splitlines() if re.fullmatch(r"[a-z ,]+", line)]
+    assert headings[0] == "what most people change"
+    assert {"model", "batch", "machine"} < set(headings)
+    assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "sample.py"])

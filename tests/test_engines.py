@@ -4,11 +4,12 @@ import json
 import random
 
 from conftest import TEXT
+from data import batch_encoder
+from data.batch_encoder import gigatoken_encoder
 from data.tokenizer import (
     EOT,
     PATTERNS,
     encode,
-    gigatoken_encoder,
     load_tokenizer,
     to_tokenizer_json,
 )
@@ -74,7 +75,7 @@ def test_the_same_shards(run, tmp_path, monkeypatch, kind):
         fast = gigatoken_encoder(enc)
         return lambda text: encoded.append(len(text)) or fast(text)
 
-    monkeypatch.setattr(fineweb, "gigatoken_encoder", counted)
+    monkeypatch.setattr(batch_encoder, "gigatoken_encoder", counted)
     texts = [f"{i} é {TEXT * 3}" for i in range(150)]
     texts[100] = f"a literal {EOT} here"
     texts[120] = ""
@@ -105,7 +106,7 @@ def test_other_ids_end_the_command(tmp_path, monkeypatch):
         ids[text.find("cart")] = 0
         return ids
 
-    monkeypatch.setattr(fineweb, "gigatoken_encoder", lambda enc: wrong)
+    monkeypatch.setattr(batch_encoder, "gigatoken_encoder", lambda enc: wrong)
     texts = [f"{TEXT * 20}" for _ in range(20)]
     with pytest.raises(UserError, match=r"gigatoken encodes .* differently than tiktoken: .*engi"):
         fineweb.write_shards(texts, enc, str(tmp_path / "d"), "x", dataset="x")

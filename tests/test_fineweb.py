@@ -7,12 +7,12 @@ import json
 import time
 
 from conftest import TEXT
-from data import documents
+from data import batch_encoder, documents
+from data.batch_encoder import tokenize
 from data.documents import Documents
 from data.readers import read_text
 from data.tokenizer import EOT, load_tokenizer
-import fineweb
-from fineweb import tokenize, write_shards
+from fineweb import write_shards
 from script import UserError
 
 import numpy as np
@@ -154,11 +154,11 @@ def test_goes_on_where_it_died(run, tmp_path, monkeypatch, corpus, dies_at, opti
         gc.collect()
         meta_path = tmp_path / f"died{n}" / "meta.json"
         assert not meta_path.exists() or not json.loads(meta_path.read_text())["complete"]
-        encoded, encode = [], fineweb.encode_documents
+        encoded, encode = [], batch_encoder.encode_documents
         spy = lambda texts, *a, f=encode, e=encoded: e.extend(texts) or f(texts, *a)  # noqa: E731
-        monkeypatch.setattr(fineweb, "encode_documents", spy)
+        monkeypatch.setattr(batch_encoder, "encode_documents", spy)
         out = run("fineweb.py", *corpus, *options, f"--out_dir=died{n}")
-        monkeypatch.setattr(fineweb, "encode_documents", encode)
+        monkeypatch.setattr(batch_encoder, "encode_documents", encode)
         assert contents(tmp_path / f"died{n}") == whole
         if n == 50:
             assert "died50 has 50 shards: continuing after them" in out

@@ -16,7 +16,8 @@ from data.loader import open_sources, parse_mixture; open_sources("a:1,b:2")
 parse_mixture("a:1,b")
 from data.documents import Documents; Documents("no such folder")
 list(Documents("empty"))
-from data.readers import find_files, read_text; find_files("empty")
+from data.readers import read_text
+from data.dataset_files import find_files; find_files("empty")
 read_text("not_utf8.txt")
 from data.shard_writer import ShardWriter
 from data.tokenizer import load_tokenizer, from_tokenizer_json; load_tokenizer("gone.json")

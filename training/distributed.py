@@ -38,6 +38,7 @@ def init_distributed(device):
     Returns (rank, world_size, device); device is a name as pick_device returns it. A process that
     was not started by torchrun is rank 0 of 1.
     """
+    # Without torchrun, each copy would train alone and write to the same log.
     for name in OTHER_LAUNCHERS:
         if env_int(name, 1) > 1 and "WORLD_SIZE" not in os.environ:
             raise UserError(
@@ -188,6 +189,7 @@ def on_all_ranks(function, is_interruptible=False):
     result = None
     message = ""
     interrupted = False
+    # Until all ranks have come here, none communicates.
     try:
         StopRequests.is_interruptible = is_interruptible
         if is_interruptible and StopRequests.signal_received:
@@ -199,6 +201,7 @@ def on_all_ranks(function, is_interruptible=False):
         interrupted = True
     finally:
         StopRequests.is_interruptible = False
+    # If one has failed, all learn why.
     if not all_true(not message and not interrupted):
         messages = [message]
         if dist.is_initialized():

@@ -109,10 +109,12 @@ class BatchReader:
 
         Raises UserError on all ranks if one of them cannot read a shard.
         """
+        # At the start, and after a change of B, nothing has been read ahead.
         args = (first, count, B)
         if not self.ahead or self.ahead[0] != args:
             self._start(args)
         batches = on_all_ranks(self.ahead[1].result)
+        # The next step, unless fineweb.py has still to write it.
         if self.loader.is_written(first + 2 * count - 1):
             self._start((first + count, count, B))
         return batches
