@@ -127,7 +127,8 @@ class ShardWriter:
             position = old.pop("position")
             self.state = position["state"]
             self.received = position["tokens"]
-            self.split = position.get("split", "train")
+            if self.has_val_files:
+                self.split = position["split"]
 
     def add(self, tokens, state=None):
         """Append tokens to the stream; state (plain JSON values): its source's position after them.
