@@ -56,7 +56,6 @@ ALIASES = {
 STEPS = "give the length in steps, as --max_steps=; the trainer prints the steps per epoch"
 HINTS = {
     "epochs": ("max_steps", STEPS),
-    "num_epochs": ("max_steps", STEPS),
     "num_train_epochs": ("max_steps", STEPS),
     "dropout": ("weight_decay", "there is none; against overfitting raise --weight_decay="),
 }

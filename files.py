@@ -12,7 +12,7 @@ import requests
 from tqdm import tqdm
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What flock says on NFS, Lustre and other file systems without locks.
+# What flock reports on NFS, Lustre and other file systems without locks.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -34,19 +34,17 @@ def atomic_write(path, write):
 def acquire_lock(path, timeout):
     """Lock a file until the lock is released or this process ends; returns the lock.
 
-    Waits `timeout` seconds (-1: for ever) for another process that holds it, then raises
+    Waits `timeout` seconds (-1: forever) for another process that holds it, then raises
     filelock.Timeout. Warns and returns a lock that is not held if the file system has none.
     """
     # A lock of the operating system, which ends with the process, however that ends.
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=timeout)
-    except filelock.Timeout:
-        raise
-    except (OSError, NotImplementedError) as e:  # filelock's word for ENOSYS, before version 4
+    except (OSError, NotImplementedError) as e:  # what filelock < 4 raises for ENOSYS
         if isinstance(e, OSError) and e.errno not in NO_LOCKS:
             raise
-        folder = os.path.dirname(path)
+        folder = os.path.dirname(path) or "."
         print(f"warning: the file system of {folder}/ has no locks: nothing else may write to it")
     return lock
 
@@ -58,7 +56,7 @@ def lock_folder(folder):
     """
     os.makedirs(folder, exist_ok=True)
     try:
-        return acquire_lock(f"{folder}/.lock", timeout=0)
+        return acquire_lock(f"{folder}/.lock", timeout=1)  # is_locked() may hold it for a moment
     except filelock.Timeout:
         raise UserError(
             f"{folder}/ is in use by another process that writes to it: wait, or choose another"
@@ -72,7 +70,7 @@ def is_locked(folder):
     if not os.path.exists(path):
         return False
     try:
-        with filelock.FileLock(path, timeout=0):
+        with filelock.FileLock(path, timeout=1):
             return False
     except filelock.Timeout:
         return True
@@ -95,6 +93,8 @@ def download(url, path, timeout=30, tries=3):
                 for chunk in r.iter_content(1 << 20):
                     bar.update(f.write(chunk))
 
+    if os.path.exists(path):
+        return
     folder, name = os.path.split(path)
     lock = acquire_lock(os.path.join(folder, f".{name}.lock"), timeout=-1)
     try:

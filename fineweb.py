@@ -88,7 +88,7 @@ def write_shards(
     with writer.pool, bar:
         # First the validation split, if it has its own files and is not complete yet.
         if val_texts and writer.split == "val":
-            write_texts(val_texts, writer, bar, val_tokens or max_tokens // 10, engine)
+            write_texts(val_texts, writer, bar, val_tokens or -(-max_tokens // 10), engine)
             writer.end_validation()
             if val_texts.report():
                 print(f"\nvalidation files: {val_texts.report()}")
@@ -210,7 +210,9 @@ def write_dataset(enc):
 
 
 def check_dataset():
-    """Raise UserError if the dataset is a local file or folder of tokens."""
+    """Raise UserError if the dataset is a local file or folder of tokens, or the output."""
+    if os.path.exists(dataset) and os.path.realpath(dataset) == os.path.realpath(out_dir):
+        raise UserError(f"--out_dir={out_dir}: is the dataset; choose another folder")
     names = [dataset] if os.path.isfile(dataset) else []
     if os.path.isdir(dataset):
         names = os.listdir(dataset)

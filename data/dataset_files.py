@@ -1,8 +1,8 @@
 """The files of a dataset, and what they are for: training, validation or neither.
 
 Names say it, as on the Hugging Face hub: train.jsonl, dev.txt, data/test-00000-of-00001.parquet.
-Validation files become the validation split; test files are left out. What names say nothing of
-is for training.
+Validation files become the validation split; test files are left out. Files whose names say nothing
+are for training.
 """
 
 import collections
@@ -51,21 +51,22 @@ def find_files(path):
     # What looks like data, and is not a second name or metadata, is read.
     skipped = collections.Counter()
     found = sorted(walk(path, skipped))
-    data_files = [name for name in found if find_reader(name)]
+    has_other_texts = any(find_reader(name) and not is_readme(name) for name in found)
     seen = set()
     for name in found:
-        check_file(name)
-        status = os.stat(name)
-        reason = reason_to_skip(path, name, data_files)
+        relative = os.path.relpath(name, path)
+        reason = reason_to_skip(name, relative, len(found), has_other_texts)
         # The hub's cache links to the same file from each revision.
-        if not reason and (status.st_dev, status.st_ino) in seen:
-            reason = "a second name of a file"
+        if not reason:
+            check_file(name)
+            status = os.stat(name)
+            if (status.st_dev, status.st_ino) in seen:
+                reason = "duplicate"
+            seen.add((status.st_dev, status.st_ino))
         if reason:
             skipped[reason] += 1
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        split = split_of(os.path.relpath(name, path)) or "train"
-        splits[split].append(name)
+        else:
+            splits[split_of(relative) or "train"].append(name)
     if not any(splits.values()):
         raise no_data_files(path)
     # Say what is left out, and what the names mean.
@@ -90,39 +91,50 @@ def no_data_files(path):
     )
 
 
-def reason_to_skip(root, name, data_files):
-    """Why a file in a dataset's folder is not read, in words; "" if it is."""
+def is_readme(name):
+    return os.path.basename(name).lower() == "readme.md"
+
+
+def reason_to_skip(name, relative, num_files, has_other_texts):
+    """Why a file in a dataset's folder is not read, in words; "" if it is.
+
+    relative: its path inside the folder, which has num_files, of which some are texts other than
+    README.md.
+    """
     if not find_reader(name):
         return os.path.splitext(name)[1] or "no extension"
-    # A dataset of one such file is what it seems.
     folder, base = os.path.split(name)
-    if base in METADATA and len(data_files) > 1:
-        return "dataset's metadata"
-    if base.lower() == "readme.md":
+    # A dataset of one such file is what it seems.
+    if base in METADATA and num_files > 1:
+        return "metadata"
+    # What map() of `datasets` has computed is next to what it was computed from.
+    if re.fullmatch(r"cache-.*\.arrow", base) and os.path.exists(f"{folder}/state.json"):
+        return "cache of datasets"
+    if is_readme(name) and has_other_texts:
         # The README.md of a dataset describes it; one in a folder of texts is a text.
-        others = [f for f in data_files if os.path.basename(f).lower() != "readme.md"]
-        with open(name, "rb") as f:
-            is_card = f.readline().strip() == b"---"  # as the hub's begin
-        if others and (is_card or folder == os.path.normpath(root)):
-            return "dataset's README.md"
+        is_card = not os.path.dirname(relative)
+        if not is_card and os.path.isfile(name):
+            with open(name, "rb") as f:
+                is_card = f.readline().strip() == b"---"  # as the hub's begin
+        if is_card:
+            return "README.md"
     return ""
 
 
 def describe_splits(path, splits):
     """Which files are for what, in words."""
-
-    def count(files):
-        names = [os.path.relpath(name, path) for name in files[:3]]
-        more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
-        return f"{', '.join(names)}{more}"
-
+    labels = {
+        "train": "for training",
+        "validation": "for validation",
+        "test": "left out (--split=test reads the test files)",
+    }
     parts = []
-    if splits["train"]:
-        parts.append(f"for training: {count(splits['train'])}")
-    if splits["validation"]:
-        parts.append(f"for validation: {count(splits['validation'])}")
-    if splits["test"]:
-        parts.append(f"left out: {count(splits['test'])} (--split=test reads the test files)")
+    for split, label in labels.items():
+        names = [os.path.relpath(name, path) for name in splits[split]]
+        if len(names) > 3:
+            names[3:] = [f"and {len(names) - 3:,} more"]
+        if names:
+            parts.append(f"{label}: {', '.join(names)}")
     return "; ".join(parts)
 
 
@@ -141,9 +153,9 @@ def walk(path, skipped):
         real_path = os.path.realpath(folder)
         reason = ""
         if real_path in seen:
-            reason = "a second name of a folder"
+            reason = "duplicate folder"
         elif os.path.basename(folder) in METADATA_FOLDERS:
-            reason = "dataset's metadata"
+            reason = "metadata"
         elif folder != path and is_written_by_us(folder, names):
             reason = "shards or logs of this project"
         if reason:

@@ -41,13 +41,15 @@ ROLES = {"human": "User", "gpt": "Assistant"}
 
 # -- rows ---------------------------------------------------------------------------
 def render_chat(value):
-    """The text in a column: a str or bytes, or a chat as "User: ...", blank line, "Assistant: ...".
+    """The text in a column: a str, UTF-8, or a chat as "User: ...", blank line, "Assistant: ...".
 
     A chat is a list of {"role", "content"} or {"from", "value"}. Content can be a list of parts, of
     which {"text"} is used. Messages without text, such as tool calls, are left out. Returns None if
     the value is neither.
     """
-    if value is None or isinstance(value, (str, bytes)):
+    if isinstance(value, bytes):
+        return value.decode()
+    if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None
@@ -76,13 +78,13 @@ def get_column(row, column):
 
 # -- datasets -----------------------------------------------------------------------
 @dataclasses.dataclass
-class FileCounts:
-    """What has been found in a file."""
+class FileStats:
+    """What has been found in a file, also before the position where reading it continues."""
 
-    rows: int = 0
-    documents: int = 0
+    has_document: bool = False
     has_column: bool = False  # whether a row has one of the columns
     is_utf8: bool = False  # whether its reader has checked that the texts are
+    rows: int = 0  # since that position
 
 
 class Documents:
@@ -127,7 +129,7 @@ class Documents:
         self.files = None  # {split: paths} of a local dataset, once they have been found
         self.state = None
         self.num_rows = 0
-        self.current = FileCounts()  # of the current file, or of the hub's dataset
+        self.current = FileStats()  # of the current file, or of the hub's dataset
         self.skipped = collections.Counter()  # {reason: rows}
         self.examples = []  # the first three, in words
 
@@ -141,7 +143,10 @@ class Documents:
 
     def validation(self):
         """The Documents of the files whose names say that they are for validation; None if none."""
-        if not self.is_local or self.split != "train" or not self._find_files()["validation"]:
+        if not self.is_local or self.split != "train":
+            return None
+        files = self._find_files()
+        if not files["validation"] or not files["train"]:
             return None
         # The same dataset, with counts of its own.
         texts = copy.copy(self)
@@ -174,17 +179,11 @@ class Documents:
     def __iter__(self):
         """Yield the documents after self.state, which moves on with them."""
         # Continue where the state says, with the counts that it has.
-        start = self.state or {
-            "documents": 0,
-            "rows": 0,
-            "file": "",
-            "position": None,
-            "skipped": {},
-        }
-        self.num_rows = start.get("rows", 0)  # a former version had none
-        self.skipped = collections.Counter(start["skipped"])
-        num_documents = start["documents"]
-        for row, file, position, location in self._rows(start["file"], start["position"]):
+        start = self.state or {}
+        self.num_rows = start.get("rows", 0)
+        self.skipped = collections.Counter(start.get("skipped"))
+        rows = self._rows(start.get("file", ""), start.get("position"))
+        for row, file, position, location in rows:
             is_continuation = isinstance(row, Continuation)
             if not is_continuation:
                 self.num_rows += 1
@@ -198,11 +197,9 @@ class Documents:
             if not text:
                 continue
             if not is_continuation:
-                num_documents += 1
-                self.current.documents += 1
+                self.current.has_document = True
             # Set before the document is yielded, so that the caller can store both.
             self.state = {
-                "documents": num_documents,
                 "rows": self.num_rows,
                 "file": file,
                 "position": position,
@@ -216,16 +213,17 @@ class Documents:
         if isinstance(row, UnreadableRow):
             raise row
         text = row
-        if isinstance(row, dict):
-            text = self._text_of_columns(row, location)
-        if isinstance(text, bytes):
-            return text if self.as_bytes else text.decode()
-        # A surrogate cannot be encoded as UTF-8: the file or an escape in its JSON is damaged.
+        is_utf8 = self.current.is_utf8
         try:
-            if not self.current.is_utf8:
+            if isinstance(row, dict):
+                text = self._text_of_columns(row, location)
+            if isinstance(text, bytes):
+                return text if is_utf8 and self.as_bytes else text.decode()
+            # An escape in JSON can leave a lone surrogate.
+            if not is_utf8:
                 text.encode()
-        except UnicodeEncodeError:
-            raise UnreadableRow("half of a surrogate pair, or not UTF-8")
+        except UnicodeError:
+            raise UnreadableRow("a lone surrogate, or not UTF-8")
         return text
 
     def _text_of_columns(self, row, location):
@@ -283,8 +281,7 @@ class Documents:
             # The columns and counts of each file are its own.
             reader = find_reader(path)
             unit = "line" if reader is read_json_lines else "row"
-            self.current = FileCounts(documents=1 if position else 0)
-            self.current.is_utf8 = reader in UTF8_READERS
+            self.current = FileStats(bool(position), bool(position), reader in UTF8_READERS)
             row = None
             try:
                 for row, next_position in reader(path, self.columns, position):
@@ -300,7 +297,7 @@ class Documents:
 
     def _check_file(self, name, last_row):
         """Raise UserError if a file had rows and no document."""
-        if not self.current.rows or self.current.documents:
+        if not self.current.rows or self.current.has_document:
             return
         # Either the column is missing, or its values are no texts.
         if isinstance(last_row, dict) and not self.current.has_column:
@@ -318,7 +315,7 @@ class Documents:
         """The same for a dataset on the hub, read with `datasets`."""
         failures = 0
         row = None
-        self.current = FileCounts(documents=1 if position else 0)
+        self.current = FileStats(bool(position), bool(position))
         # Try again after an error; an attempt that has read something resets the count.
         while True:
             last_position = position

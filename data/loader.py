@@ -9,6 +9,7 @@ A mixture of folders ("edu_fineweb10B:0.7,openwebtext:0.3") takes its sequences 
 pattern of these proportions, each folder in its own order.
 """
 
+import contextlib
 import fractions
 import functools
 import math
@@ -92,13 +93,12 @@ class ShardLoader:
     def seconds_since_update(self):
         """Seconds since meta.json was seen to change; fineweb.py touches it while it works."""
         path = f"{self.shards.data_dir}/meta.json"
-        try:
+        # If it has disappeared, is_available() says so.
+        with contextlib.suppress(FileNotFoundError):
             mtime = os.stat(path).st_mtime_ns
-        except FileNotFoundError:  # the folder is gone: do not wait for it
-            return math.inf
-        if mtime != self._mtime:
-            self._mtime = mtime
-            self._changed_at = time.monotonic()
+            if mtime != self._mtime:
+                self._mtime = mtime
+                self._changed_at = time.monotonic()
         return time.monotonic() - self._changed_at
 
     def locate(self, n):

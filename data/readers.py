@@ -5,8 +5,8 @@
 .parquet .csv .tsv     one document per row
 .arrow                 the same; save_to_disk() of `datasets` writes it
 
-All but .parquet and .arrow also as .gz, .bz2, .xz or .zst. Memory is bounded by some rows, whatever
-the size of the file (except a .json file that holds an array, which must fit in memory).
+All but .parquet and .arrow also as .gz, .bz2, .xz or .zst. Memory is bounded by a few MB of rows,
+whatever the size of the file (except a .json file that holds an array, which must fit in memory).
 """
 
 import bz2
@@ -25,8 +25,11 @@ from data.tokenizer import EOT
 from script import UserError
 
 PART_SIZE = 1 << 20  # the number of characters of a document that are in memory at a time
+TEXT_TYPES = ("string", "large_string", "binary", "large_binary")  # of Arrow
 # What reading a broken file can raise (pyarrow raises ValueErrors and OSErrors).
-READ_ERRORS = (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error)
+READ_ERRORS = (
+    OSError, EOFError, ValueError, NotImplementedError, csv.Error, lzma.LZMAError, zlib.error,
+)  # fmt: skip
 
 
 class Continuation(str):
@@ -48,8 +51,7 @@ class MultiStreamFile(io.RawIOBase):
         super().__init__()
         self.f = open(path, "rb")
         self.new_decompressor = new_decompressor
-        self.decompressor = None
-        self.compressed = b""  # what has been read of the file and not decompressed
+        self.decompressor = new_decompressor()
 
     def readable(self):
         return True
@@ -59,28 +61,26 @@ class MultiStreamFile(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer):
-        # Until there is some content: a stream can be empty.
-        while True:
-            if self.decompressor is None or self.decompressor.eof:
+        data = b""
+        while not data:  # a stream can be empty
+            compressed = b""
+            if self.decompressor.eof:
                 # Zeros pad a file to the blocks of a tape or disk.
-                if self.decompressor is not None:
-                    self.compressed = self.decompressor.unused_data.lstrip(b"\0")
-                while not self.compressed:
+                compressed = self.decompressor.unused_data.lstrip(b"\0")
+                while not compressed:
                     chunk = self.f.read(1 << 16)
                     if not chunk:
                         return 0
-                    self.compressed = chunk.lstrip(b"\0")
+                    compressed = chunk.lstrip(b"\0")
                 self.decompressor = self.new_decompressor()
-            elif self.decompressor.needs_input and not self.compressed:
-                self.compressed = self.f.read(1 << 16)
-                if not self.compressed:
+            elif self.decompressor.needs_input:
+                compressed = self.f.read(1 << 16)
+                if not compressed:
                     raise EOFError("the compressed file is cut short")
             # What does not fit the buffer stays inside the decompressor.
-            data = self.decompressor.decompress(self.compressed, len(buffer))
-            self.compressed = b""
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
+            data = self.decompressor.decompress(compressed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def open_decompressed(path, offset=0):
@@ -135,9 +135,12 @@ def parse_json_line(line):
 
 def read_json(path, columns, position):
     """A .json file: JSON lines, or else one array, or several objects in a row."""
-    # The first line tells the two forms of .json apart.
+    # The first line that is not empty tells the two forms of .json apart.
+    line = b"\n"
     with open_decompressed(path) as f:
-        first_line = parse_json_line(f.readline(1 << 26))
+        while line.isspace():
+            line = f.readline(1 << 26)
+    first_line = parse_json_line(line)
     if isinstance(first_line, dict):
         yield from read_json_lines(path, columns, position)
         return
@@ -170,7 +173,7 @@ def read_csv(path, columns, position):
     (num_done,) = position or (0,)
     # A field can be a whole book.
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if ".tsv" in path.lower() else ","
+    delimiter = "\t" if ".tsv" in os.path.basename(path).lower() else ","
     with io.TextIOWrapper(
         open_decompressed(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as f:
@@ -179,10 +182,7 @@ def read_csv(path, columns, position):
             return
         if not names:
             raise ValueError("its first line is empty")
-        # With two columns of the same name it would be a guess which of them holds the text.
-        for name in columns:
-            if names.count(name) > 1:
-                raise ValueError(f"several columns are called {name!r}")
+        check_unique(names, columns)
         for number, row in enumerate(csv_rows(f, delimiter, names), start=1):
             if number > num_done:
                 yield row, [number]
@@ -203,7 +203,6 @@ def csv_rows(f, delimiter, names):
     reader = csv.reader(unread, delimiter=delimiter, strict=True)
     while True:
         row_lines.clear()
-        number += 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -214,9 +213,11 @@ def csv_rows(f, delimiter, names):
                 next(csv.reader(itertools.chain(list(row_lines), unread), delimiter=delimiter))
             # A quotation without an end: the rest of the file is in it.
             if row_lines[-1] is None:
-                raise ValueError(f"row {number}: {e}: its quotation has no end")
+                raise ValueError(f"row {number + 1}: {e}: its quotation has no end")
+            number += 1
             yield UnreadableRow(f'{e}; in a field a " is written ""')
             continue
+        number += bool(fields)
         if any(fields[len(names) :]):
             yield UnreadableRow("more fields than columns")
         elif fields:  # not an empty line
@@ -231,24 +232,19 @@ def read_parquet(path, columns, position):
     # A buffer, or else all the bytes of a column are read at once.
     with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as f:
         wanted = wanted_columns(f.schema_arrow.names, columns)
-        wanted_roots = {name.partition(".")[0] for name in wanted}
-        # Whole row groups that have been read already are skipped.
         for i in range(f.num_row_groups):
             group = f.metadata.row_group(i)
-            if number + group.num_rows <= num_done:
-                number += group.num_rows
-                continue
             # Memory is bounded by bytes: some 4 MB of rows at a time.
             size = 0
             for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema.partition(".")[0] in wanted_roots:
+                if column.path_in_schema.partition(".")[0] in wanted:
                     size += column.total_uncompressed_size
             num_rows = min(1000, 1 + (group.num_rows << 22) // max(1, size))
-            for batch in f.iter_batches(num_rows, row_groups=[i], columns=wanted):
-                for row in batch_rows(batch, wanted):
-                    number += 1
-                    if number > num_done:
-                        yield row, [number]
+            # Whole row groups that have been read already are skipped.
+            if number + group.num_rows > num_done:
+                batches = f.iter_batches(num_rows, row_groups=[i], columns=wanted)
+                yield from rows_after(num_done, batches, wanted, number)
+            number += group.num_rows
 
 
 def read_arrow(path, columns, position):
@@ -265,23 +261,37 @@ def read_arrow(path, columns, position):
         wanted = wanted_columns(reader.schema.names, columns)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            if number + batch.num_rows <= num_done:
-                number += batch.num_rows
-                continue
-            batch = batch.select(wanted)
             # A batch is a view of the file: only the rows that become Python objects take memory.
             num_rows = 1 + (batch.num_rows << 22) // max(1, batch.nbytes)
-            for start in range(0, batch.num_rows, num_rows):
-                for row in batch_rows(batch.slice(start, num_rows), wanted):
-                    number += 1
-                    if number > num_done:
-                        yield row, [number]
+            if number + batch.num_rows > num_done:
+                starts = range(0, batch.num_rows, num_rows)
+                slices = (batch.select(wanted).slice(start, num_rows) for start in starts)
+                yield from rows_after(num_done, slices, wanted, number)
+            number += batch.num_rows
+
+
+def rows_after(num_done, batches, columns, number):
+    """Yield (row, [its number]) of Arrow batches after row num_done; they start after `number`."""
+    for batch in batches:
+        for row in batch_rows(batch, columns):
+            number += 1
+            if number > num_done:
+                yield row, [number]
 
 
 def wanted_columns(names, columns):
     """The columns to read, of the names in a file: all of them if it has none of `columns`."""
-    wanted = [c for c in columns if c in names or c.partition(".")[0] in names]
-    return wanted or names
+    check_unique(names, columns)
+    roots = [column.partition(".")[0] for column in columns]
+    return [name for name in names if name in columns or name in roots] or names
+
+
+def check_unique(names, columns):
+    """Raise ValueError if several of a file's columns have the name of a text column."""
+    # It would be a guess which of them holds the text.
+    for name in columns:
+        if names.count(name) > 1:
+            raise ValueError(f"several columns are called {name!r}")
 
 
 def batch_rows(batch, columns):
@@ -295,17 +305,17 @@ def batch_rows(batch, columns):
     arrays = []
     try:
         for name, array in zip(batch.schema.names, batch.columns, strict=True):
-            kind = str(array.type)
-            if name in columns and kind in ("string", "large_string", "binary", "large_binary"):
-                # The same buffers, checked for UTF-8, as bytes.
-                array = array.view(kind.replace("binary", "string"))
+            type_name = str(array.type)
+            if name in columns and type_name in TEXT_TYPES:
+                # The same buffers, checked for UTF-8 (and a damaged .arrow file), as bytes.
+                array = array.view(type_name.replace("binary", "string"))
                 array.validate(full=True)
-                array = array.view(kind.replace("string", "binary"))
+                array = array.view(type_name.replace("string", "binary"))
             arrays.append(array)
         return pyarrow.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
-    except ValueError as e:  # pyarrow's and Python's for a text that is not UTF-8
+    except (ValueError, OverflowError) as e:
         if batch.num_rows == 1:
-            return [UnreadableRow(f"not UTF-8 ({e})")]
+            return [UnreadableRow(f"not UTF-8, or not a value that Python has ({e})")]
     # Find the row, or rows, by taking each alone.
     rows = []
     for i in range(batch.num_rows):
@@ -317,8 +327,11 @@ def read_text_file(path, columns, position):
     """The documents of a text file; the long ones in parts, see Continuation."""
     start, is_continuation, number = position or (0, 0, 0)
     with open_decompressed(path, start) as f:
-        # A file may start with a byte order mark, and a character may span two chunks.
-        decoder = codecs.getincrementaldecoder("utf-8-sig" if start == 0 else "utf-8")()
+        # A document may start with a byte order mark, and a character may span two chunks.
+        new_decoder = codecs.getincrementaldecoder("utf-8-sig")
+        decoder = new_decoder()
+        if is_continuation:
+            decoder = codecs.getincrementaldecoder("utf-8")()
         text = ""  # what has been read of the document and not yet yielded
         error = None
         for chunk, offset, is_end in text_chunks(f, start):
@@ -340,7 +353,7 @@ def read_text_file(path, columns, position):
                 text = ""
                 error = None
                 is_continuation = False
-                decoder.reset()
+                decoder = new_decoder()
             elif len(text) >= PART_SIZE and not error:
                 # The position is before what has been read but not yielded.
                 end = split_point(text)
@@ -423,7 +436,7 @@ READERS = {
 }
 
 
-# Those that check each text; the others let halves of surrogate pairs through.
+# Those that check each text; the others let lone surrogates through.
 UTF8_READERS = (read_text_file, read_parquet, read_arrow)
 
 

@@ -100,8 +100,9 @@ class ShardWriter:
         if old is None:
             raise UserError(f"{self.out_dir} holds shards already: {hint}")
         # Shards of other settings, or of another tokenizer, must not be mixed with these.
-        for key, value in self.meta.items():
-            if key not in ("complete", "shards") and old.get(key) != value:
+        for key in self.meta | old:
+            value = self.meta.get(key)
+            if key not in ("complete", "shards", "position") and old.get(key) != value:
                 raise UserError(
                     f"{self.out_dir} holds shards made with {key}={old.get(key)}, not {value}: "
                     f"{hint}"
@@ -151,8 +152,8 @@ class ShardWriter:
 
         # Write what fills a shard. Without validation files, the first one is for validation, and
         # waits for a second: see _split_small_corpus().
-        has_both = self.received >= self.first_size + self.shard_size
-        if has_both and self.split == "val" and not self.has_val_files:
+        has_two_shards = self.received >= self.first_size + self.shard_size
+        if has_two_shards and self.split == "val" and not self.has_val_files:
             self._write_shard(self._take(self.first_size))
             self.split = "train"
         if self.split == "train" or self.has_val_files:

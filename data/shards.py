@@ -177,7 +177,7 @@ class Shards:
     def __init__(self, data_dir):
         self.data_dir = data_dir
         # Only two shards are open at a time, however many there are.
-        self._open = functools.lru_cache(maxsize=2)(self._open_shard)
+        self._open = functools.lru_cache(maxsize=2)(self._open_reader)
         self._sizes = {}
         self.checksum = functools.cache(self._checksum)
         if not has_shards(data_dir):
@@ -204,7 +204,12 @@ class Shards:
 
     def refresh(self):
         """Read the folder again; returns the dict of meta.json."""
-        meta = read_meta(self.data_dir) or default_meta(self.data_dir)
+        meta = read_meta(self.data_dir)
+        if meta is None and self._sizes:  # it was there before
+            raise UserError(
+                f"{self.data_dir}/meta.json: has disappeared; restore it, or run fineweb.py again"
+            )
+        meta = meta or default_meta(self.data_dir)
         if not meta["shards"]:
             raise UserError(f"{self.data_dir}: {NO_SHARD_YET}")
         self.complete = meta["complete"]
@@ -216,18 +221,15 @@ class Shards:
             if shard["file"].split("/")[0] not in names:
                 raise UserError(f"{path}: missing shard; make it again with python fineweb.py")
             # The sizes in meta.json are compared with the files when those are opened.
-            if "tokens" in shard:
-                self._sizes[path] = shard["tokens"]
-            else:
-                self._sizes[path] = OpenShard(path).size
+            self._sizes[path] = shard.get("tokens") or ShardReader(path).size
             split = self.train if shard["split"] == "train" else self.val
             split.append((path, self._sizes[path]))
         return meta
 
-    def _open_shard(self, path):
-        """The OpenShard of a path; UserError if it has not the size that it should have."""
+    def _open_reader(self, path):
+        """The ShardReader of a path; UserError if its size is not meta.json's."""
         # It may have been replaced since meta.json was written.
-        shard = OpenShard(path)
+        shard = ShardReader(path)
         if shard.size != self._sizes[path]:
             raise UserError(
                 f"{path}: holds {shard.size} tokens, meta.json says {self._sizes[path]}; make it "
@@ -244,7 +246,7 @@ class Shards:
         crc = 0
         try:
             dtype = self._open(path).dtype
-            for start in range(0, size, -(-size // 8)):
+            for start in range(0, size, max(1, -(-size // 8))):
                 tokens = self.read(path, start, min(4096, size - start))
                 crc = zlib.crc32(tokens.astype(dtype).tobytes(), crc)
         except UserError:
@@ -266,10 +268,10 @@ class Shards:
         return tokens
 
 
-class OpenShard:
+class ShardReader:
     """A shard of `size` tokens to read parts of. Raises UserError if it is not one.
 
-    Reading the file, unlike a memory map, survives when somebody cuts it short.
+    Unlike a memory map, reading does not crash the process when the file is truncated.
     """
 
     def __init__(self, path):

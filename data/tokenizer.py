@@ -158,7 +158,7 @@ def added_token_patterns(enc, eot):
     groups = {False: [], True: []}
     for token in sorted(tokens, key=len, reverse=True):
         groups[token_flags(enc, token)["normalized"]].append(token)
-    is_ambiguous = any(a != b and a.startswith(b) for a in tokens for b in tokens)
+    is_ambiguous = any(b.startswith(a) for a, b in itertools.pairwise(sorted(tokens)))
     if not is_ambiguous and not groups[True]:
         return []
     return [re.compile("|".join(map(re.escape, group))) for group in groups.values() if group]

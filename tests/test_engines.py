@@ -108,6 +108,6 @@ def test_other_ids_end_the_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(batch_encoder, "gigatoken_encoder", lambda enc: wrong)
     texts = [f"{TEXT * 20}" for _ in range(20)]
-    with pytest.raises(UserError, match=r"gigatoken encodes .* differently than tiktoken: .*engi"):
+    with pytest.raises(UserError, match=r"gigatoken encodes .* differently from tiktoken: .*engi"):
         fineweb.write_shards(texts, enc, str(tmp_path / "d"), "x", dataset="x")
     fineweb.write_shards(texts, enc, str(tmp_path / "e"), "x", engine="tiktoken", dataset="x")

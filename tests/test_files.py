@@ -103,7 +103,7 @@ def test_what_is_not_read_is_counted(tmp_path, capsys):
     assert found(tmp_path)[0] == ["x"]
     assert (
         capsys.readouterr().out == f"{tmp_path}: 5 files or folders are not read "
-        "(2 .pdf, 1 dataset's README.md, 1 .docx, 1 no extension)\n"
+        "(2 .pdf, 1 README.md, 1 .docx, 1 no extension)\n"
     )
 
 

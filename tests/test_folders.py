@@ -179,8 +179,8 @@ def test_every_file_once(tmp_path, capsys):
     os.link(tmp_path / "real" / "a.txt", tmp_path / "c.txt")
     assert texts_of(tmp_path) == ["real"]
     line = capsys.readouterr().out
-    assert "2 a second name of a file" in line
-    assert "1 a second name of a folder" in line
+    assert "2 duplicate" in line
+    assert "1 duplicate folder" in line
     assert "1 hidden" in line
 
 
@@ -373,3 +373,94 @@ def test_a_parquet_row_that_is_not_utf8(tmp_path):
         )
         or "row 51: not UTF-8" in texts.report()
     )
+
+
+# -- found by reading the code --------------------------------------------------------
+@pytest.mark.parametrize("spelling", ["d", "d/", "./d", "x/../d", "d//"])
+def test_a_dataset_card_however_the_folder_is_spelled(tmp_path, monkeypatch, spelling):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "d" / "README.md").write_text("about it")
+    (tmp_path / "d" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(spelling) == ["a"]
+
+
+def test_what_map_has_cached_is_not_read_twice(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": LINES})
+    rows.save_to_disk(tmp_path / "d")
+    stored = datasets.load_from_disk(tmp_path / "d")
+    stored.map(lambda row: {"n": len(row["text"])})
+    assert list((tmp_path / "d").glob("cache-*.arrow"))
+    assert texts_of(tmp_path / "d") == LINES
+
+
+def test_nested_and_binary_texts(tmp_path):
+    """In Parquet and Arrow files, also where one is not UTF-8."""
+    nested = pa.array([{"text": b"one", "n": 1}, {"text": b"caf\xe9", "n": 2}])
+    table = pa.table({"data": nested, "text": pa.array([b"top", b"caf\xe9"])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as w:
+        w.write_table(table)
+    for column, text in (("data.text", "one"), ("text", "top")):
+        for as_bytes in (False, True):
+            texts = Documents(str(tmp_path), text_column=column, as_bytes=as_bytes)
+            found = [t.decode() if isinstance(t, bytes) else t for t in texts]
+            assert found == [text, text]
+            assert "2 unreadable" in texts.report()
+
+
+def test_two_columns_of_one_name_in_an_arrow_file(tmp_path):
+    schema = pa.schema([("text", pa.string()), ("text", pa.string())])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as f, pa.ipc.new_stream(f, schema) as w:
+        w.write_batch(pa.record_batch([["a"], ["b"]], schema=schema))
+    with pytest.raises(UserError, match=r"several columns are called 'text'"):
+        texts_of(tmp_path)
+
+
+def test_continued_before_many_rows_without_the_column(tmp_path):
+    """As without the interruption."""
+    lines = ['{"text": "one"}\n', *(['{"body": "x"}\n'] * 200), '{"text": "two"}\n']
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    texts = Documents(str(tmp_path))
+    assert next(iter(texts)) == "one"
+    rest = Documents(str(tmp_path))
+    rest.state = texts.state
+    assert list(rest) == ["two"]
+
+
+@pytest.mark.parametrize("setting", ["--split=test", "--val_tokens=500"])
+def test_the_same_command_without_a_setting_is_another(run, tmp_path, setting):
+    (tmp_path / "d").mkdir()
+    for split, texts in PARTS.items():
+        (tmp_path / "d" / f"{split}.jsonl").write_text(jsonl(texts))
+    args = ("fineweb.py", "--dataset=d", "--tokenizer=bytes", "--out_dir=out")
+    run(*args, setting)
+    with pytest.raises(SystemExit, match=r"out holds shards made with (val_files=None|val_tokens=500)"):
+        run(*args)
+
+
+def test_byte_order_marks_of_later_documents(tmp_path):
+    """As of files that were put together: removed, also when reading continues there."""
+    bom = "\ufeff"
+    parts = [f"{bom}{line}" for line in LINES[:6]]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(parts))
+    texts = Documents(str(tmp_path))
+    for i, text in enumerate(texts):
+        assert text == LINES[i]
+        rest = Documents(str(tmp_path))
+        rest.state = json.loads(json.dumps(texts.state))
+        assert list(rest) == LINES[i + 1 : 6]
+
+
+def test_a_broken_link_that_is_no_data(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "latest").symlink_to("nowhere")
+    assert texts_of(tmp_path) == ["a"]
+
+
+def test_the_output_is_not_the_dataset(run, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text(TEXT)
+    with pytest.raises(SystemExit, match=r"--out_dir=\./d: is the dataset"):
+        run("fineweb.py", "--dataset=d", "--tokenizer=bytes", "--out_dir=./d")

@@ -1,5 +1,6 @@
 """Shards that go wrong while a run reads them: it saves a checkpoint first, and can be resumed."""
 
+import json
 import os
 import re
 import shutil
@@ -81,3 +82,24 @@ def test_one_of_two_processes_cannot_read_its_data(spawn, shards, tmp_path):
     np.save(path, good)
     assert spawn("train_gpt2.py", "--resume", "--log_dir=parts", nproc=2).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("lost", ["meta.json", "."])
+def test_a_folder_that_is_still_written_disappears(run, shards, tmp_path, at_step, lost):
+    """A checkpoint is saved; the shards that are left are not taken for all there are."""
+    path = shards / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["complete"] = False
+    meta["shards"] = meta["shards"][:3]
+    path.write_text(json.dumps(meta))
+
+    def lose():
+        if lost == "meta.json":
+            path.unlink()
+        else:
+            shutil.rmtree(shards)
+
+    at_step(3, lose)
+    with pytest.raises(SystemExit, match=r"shards/meta\.json: has disappeared|missing shard"):
+        run("train_gpt2.py", *SMALL, "--save_every=0", "--max_steps=30")
+    assert list((tmp_path / "log").glob("model_*.pt"))

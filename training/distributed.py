@@ -186,32 +186,28 @@ def on_all_ranks(function, is_interruptible=False):
     shard that is gone; then all ranks raise that, and can still save a checkpoint together. With
     is_interruptible, a signal ends it at once, and then all ranks raise Interrupted.
     """
-    result = None
-    message = ""
-    interrupted = False
+    error = None
     # Until all ranks have come here, none communicates.
     try:
         StopRequests.is_interruptible = is_interruptible
         if is_interruptible and StopRequests.signal_received:
             raise Interrupted
         result = function()
-    except UserError as e:
-        message = str(e)
-    except Interrupted:
-        interrupted = True
+    except (UserError, Interrupted) as e:
+        error = e
     finally:
         StopRequests.is_interruptible = False
-    # If one has failed, all learn why.
-    if not all_true(not message and not interrupted):
-        messages = [message]
-        if dist.is_initialized():
-            messages = [""] * dist.get_world_size()
-            dist.all_gather_object(messages, message)
-        for message in messages:
-            if message:
-                raise UserError(message)
-        raise Interrupted
-    return result
+    if all_true(error is None):
+        return result
+    # If one has failed, all learn why. A UserError says more than an interruption.
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for error in errors:
+        if isinstance(error, UserError):
+            raise error
+    raise Interrupted
 
 
 def score_on_all_ranks(score, count, width, name, rank, world_size):
@@ -222,7 +218,7 @@ def score_on_all_ranks(score, count, width, name, rank, world_size):
     """
     # Each rank scores every world_size-th item; the sum over ranks fills in the others.
     rows = torch.zeros(count, width, dtype=torch.float64)
-    indices = torch.arange(rank, count, world_size)
+    indices = torch.arange(count)[rank::world_size]
     parts = indices.split(256) if len(indices) else ()  # there can be fewer items than ranks
 
     def score_share():
@@ -256,8 +252,8 @@ class StopRequests:
     several times per step.
     """
 
-    # Shared, since signals come to the process: whether one has come, and whether it raises
-    # Interrupted, which on_all_ranks() says.
+    # Class attributes, since signals are sent to the process. While is_interruptible is set, by
+    # on_all_ranks(), a signal raises Interrupted.
     signal_received = False
     is_interruptible = False
 
@@ -267,8 +263,6 @@ class StopRequests:
         self.conditions = [lambda: StopRequests.signal_received]
         # The first signal asks for a stop, which happens after the current step.
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-            if not hasattr(signal, name):  # on Windows
-                continue
             signum = getattr(signal, name)
             if name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # nohup: the run is meant to go on without its terminal
@@ -290,10 +284,6 @@ class StopRequests:
             StopRequests.is_interruptible = False
             raise Interrupted
 
-    def requested_on_this_rank(self):
-        """Whether this process has a reason to stop."""
-        return any(condition() for condition in self.conditions)
-
     def check(self):
         """Raise Interrupted on all ranks if any has a reason to stop. All ranks call it."""
         if self.any_rank_requested():
@@ -301,7 +291,8 @@ class StopRequests:
 
     def any_rank_requested(self):
         """Whether any process has a reason to stop. All ranks call it."""
-        return not all_true(not self.requested_on_this_rank())
+        has_reason = any(condition() for condition in self.conditions)  # on this rank
+        return not all_true(not has_reason)
 
 
 def wait_for_data(loader, n, stop, timeout_minutes):

@@ -1,4 +1,4 @@
-"""The micro-batches of a step: their size B, and reading them ahead.
+"""The micro-batches of a step: their size B, and prefetching them.
 
 B is the largest that divides a step evenly and fits into memory. It changes memory and speed, not
 the result: gradients add up over micro-batches.
@@ -96,7 +96,7 @@ class BatchReader:
         self.rank = rank
         self.world_size = world_size
         self.is_cuda = device.startswith("cuda")
-        self.ahead = None  # (arguments of _read(), its future)
+        self.prefetched = None  # (arguments of _read(), its future)
         # The thread pins memory for this process's GPU, not for the first one.
         kwargs = {}
         if self.is_cuda:
@@ -109,18 +109,21 @@ class BatchReader:
 
         Raises UserError on all ranks if one of them cannot read a shard.
         """
-        # At the start, and after a change of B, nothing has been read ahead.
+        # At the start, and after a change of B, nothing has been prefetched.
         args = (first, count, B)
-        if not self.ahead or self.ahead[0] != args:
+        if not self.prefetched or self.prefetched[0] != args:
             self._start(args)
-        batches = on_all_ranks(self.ahead[1].result)
-        # The next step, unless fineweb.py has still to write it.
+        _, future = self.prefetched
+        self.prefetched = None
+        batches = on_all_ranks(future.result)
+        # The next step, unless fineweb.py still has to write it. So no thread is reading when
+        # the loader looks for new shards.
         if self.loader.is_written(first + 2 * count - 1):
             self._start((first + count, count, B))
         return batches
 
     def _start(self, args):
-        self.ahead = (args, self.pool.submit(self._read, *args))
+        self.prefetched = (args, self.pool.submit(self._read, *args))
 
     def _read(self, first, count, B):
         batches = []
