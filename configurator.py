@@ -48,7 +48,6 @@ ALIASES = {
     "wandb_project": "wandb",
     "wandb_log": "wandb",
     "wandb_run_name": "wandb_name",
-    "run_name": "wandb_name",
     "tied": "tie_embeddings",
     "save_minutes": "save_every_minutes",
 }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What flock reports on NFS, Lustre and other file systems without locks.
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 def atomic_write(path, write):

@@ -116,7 +116,7 @@ class ShardWriter:
         # The val/train split is final when there are two shards: before that, start over.
         has_split = len(old["shards"]) >= 2 and old["shards"][0]["tokens"] >= self.first_size
         if self.has_val_files:
-            has_split = bool(old["shards"])
+            has_split = old["shards"]
         if not old["complete"] and not has_split:
             return
         # Continue after the last shard, at the position that was stored with it.

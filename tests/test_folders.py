@@ -436,7 +436,9 @@ def test_the_same_command_without_a_setting_is_another(run, tmp_path, setting):
         (tmp_path / "d" / f"{split}.jsonl").write_text(jsonl(texts))
     args = ("fineweb.py", "--dataset=d", "--tokenizer=bytes", "--out_dir=out")
     run(*args, setting)
-    with pytest.raises(SystemExit, match=r"out holds shards made with (val_files=None|val_tokens=500)"):
+    with pytest.raises(
+        SystemExit, match=r"out holds shards made with (val_files=None|val_tokens=500)"
+    ):
         run(*args)
 
 
