@@ -155,7 +155,6 @@ def test_help_lists_defaults_and_comments(configured, capsys):
     [
         ([], {"--n_embd=128", "--B=16"}),  # no shards here: the demo
         (["--preset=modern"], {"--n_embd=768", "--optimizer=muon", "--max_lr=0.0036"}),
-        (["--preset=gpt2", "--max_steps=100"], {"--optimizer=adamw", "--max_steps=100"}),
     ],
 )
 def test_help_of_the_trainer(tmp_path, args, expected):

@@ -580,6 +580,8 @@ def test_added_tokens_stay(run, tmp_path, gpt2, how):
         [np.load(tmp_path / "shards" / s["file"]) for s in meta["shards"][::-1]]
     ).tolist()
     assert ids[1:] == base(TRICKY)["input_ids"]
+    if how != "plain":  # the rest does not depend on it
+        return
     small = [
         "--data_dir=shards",
         "--T=16",

@@ -435,8 +435,7 @@ def test_killed_during_evaluation(run, shards, tmp_path, monkeypatch, step):
     assert_same_run(tmp_path / "log", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-@pytest.mark.parametrize("part", ["read_windows", "encode"])
+@pytest.mark.parametrize(("nproc", "part"), [(1, "read_windows"), (2, "encode")])
 def test_a_signal_ends_an_evaluation_at_once(shards, tmp_path, nproc, part):
     """Validation or HellaSwag: a scheduler may kill the run some seconds after its signal."""
     item = {"ctx": "a", "ctx_a": "a", "ctx_b": "b", "activity_label": "c", "label": 1}
