@@ -72,8 +72,7 @@ def to_str(text):
 
 
 def check_same_ids(text, enc, encode_text):
-    """Raise UserError if encode_text(), gigatoken's, encodes a text differently than tiktoken."""
-    # tiktoken is the reference.
+    """Raise UserError if encode_text(), gigatoken's, encodes a text differently from tiktoken."""
     found = encode_text(text)
     expected = encode(enc, text, eot=True)
     if np.array_equal(found, expected):

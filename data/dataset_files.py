@@ -19,9 +19,8 @@ SPLIT_WORDS = {
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-# What `datasets` and Delta Lake write next to the data.
+# What `datasets` writes next to the data.
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-METADATA_FOLDERS = {"_delta_log"}
 
 
 def split_of(path):
@@ -154,7 +153,7 @@ def walk(path, skipped):
         reason = ""
         if real_path in seen:
             reason = "duplicate folder"
-        elif os.path.basename(folder) in METADATA_FOLDERS:
+        elif os.path.basename(folder) == "_delta_log":
             reason = "metadata"
         elif folder != path and is_written_by_us(folder, names):
             reason = "shards or logs of this project"

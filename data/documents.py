@@ -41,11 +41,11 @@ ROLES = {"human": "User", "gpt": "Assistant"}
 
 # -- rows ---------------------------------------------------------------------------
 def render_chat(value):
-    """The text in a column: a str, UTF-8, or a chat as "User: ...", blank line, "Assistant: ...".
+    """The text in a column: a str, or a chat as "User: ...", blank line, "Assistant: ...".
 
-    A chat is a list of {"role", "content"} or {"from", "value"}. Content can be a list of parts, of
-    which {"text"} is used. Messages without text, such as tool calls, are left out. Returns None if
-    the value is neither.
+    A str can also be bytes, in UTF-8. A chat is a list of {"role", "content"} or {"from", "value"}.
+    Content can be a list of parts, of which {"text"} is used. Messages without text, such as tool
+    calls, are left out. Returns None if the value is neither.
     """
     if isinstance(value, bytes):
         return value.decode()
@@ -261,7 +261,7 @@ class Documents:
             self.examples.append(example)
 
     def _check_bad_rows(self, min_rows):
-        """Raise UserError if over 1% of the rows (at least min_rows) are unreadable."""
+        """Raise UserError if over 3 rows, and 1% of all (or of min_rows), are unreadable."""
         # A few damaged rows are normal; many mean that the file is not what it seems.
         bad = self.skipped["unreadable"]
         if bad > 3 and 100 * bad > max(min_rows, self.num_rows):

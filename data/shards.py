@@ -171,7 +171,7 @@ class Shards:
 
     dataset is the name of what they were made from, enc their tokenizer; train and val are lists of
     (path, number of tokens); complete is False while fineweb.py is still writing. Raises UserError
-    if the folder holds no shards or one is damaged.
+    if the folder holds no shards or one is missing; a damaged one is noticed when it is read.
     """
 
     def __init__(self, data_dir):

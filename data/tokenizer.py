@@ -132,8 +132,8 @@ def split_text(text, size=400_000):
 def encode(enc, text, eot=False):
     """The token ids of a text, a uint32 array. All scripts encode text with this function.
 
-    <|endoftext|> in the text is a token only with eot; other added tokens always are. Half of a
-    surrogate pair becomes "?".
+    <|endoftext|> in the text is a token only with eot; other added tokens always are. A lone
+    surrogate becomes "?".
     """
     patterns = added_token_patterns(enc, eot)
     if patterns:

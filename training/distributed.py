@@ -187,16 +187,17 @@ def on_all_ranks(function, is_interruptible=False):
     is_interruptible, a signal ends it at once, and then all ranks raise Interrupted.
     """
     error = None
-    # Until all ranks have come here, none communicates.
+    # The inner block ends what a signal can interrupt: nothing escapes before all ranks agree.
     try:
-        StopRequests.is_interruptible = is_interruptible
-        if is_interruptible and StopRequests.signal_received:
-            raise Interrupted
-        result = function()
+        try:
+            StopRequests.is_interruptible = is_interruptible
+            if is_interruptible and StopRequests.signal_received:
+                raise Interrupted
+            result = function()
+        finally:
+            StopRequests.is_interruptible = False
     except (UserError, Interrupted) as e:
         error = e
-    finally:
-        StopRequests.is_interruptible = False
     if all_true(error is None):
         return result
     # If one has failed, all learn why. A UserError says more than an interruption.
@@ -300,7 +301,7 @@ def wait_for_data(loader, n, stop, timeout_minutes):
 
     Returns "", or the reason to stop: "interrupted", or "data_timeout" if fineweb.py has not
     touched meta.json for timeout_minutes. Looks every 5 seconds. All ranks call it, and none waits
-    alone.
+    alone. Raises UserError on all ranks if one finds a folder damaged.
     """
     # data_complete is set when no rank waits for data any more: then there is nothing to agree on.
     is_waiting = False
