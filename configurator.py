@@ -6,8 +6,9 @@
     python train_gpt2.py my_run.py --seed=2                  # a file of `key = literal` lines
     python train_gpt2.py --help                              # every setting and its default
 
-A script calls `configure(globals())` and then its main(). Files of settings are parsed, never
-executed. After nanoGPT's configurator.py, which exec()s them.
+A script calls check_command_line() before its slow imports, and configure(globals()) before its
+main(). Files of settings are parsed, never executed. After nanoGPT's configurator.py, which exec()s
+them.
 """
 
 import ast
@@ -16,7 +17,7 @@ import os
 import sys
 import textwrap
 
-from script import UserError
+from script import UserError, run_as_script
 
 # Names that nanoGPT and Hugging Face use, and our own former names -> ours.
 ALIASES = {
@@ -239,11 +240,12 @@ def read_headings(path):
     return headings
 
 
-def print_help(module, settings, values):
+def print_help(path, settings, values):
     """Print a script's docstring, and each setting with its value and its comment, in groups."""
-    print((module["__doc__"] or "").strip())
+    with open(path, encoding="utf-8") as f:
+        print(ast.get_docstring(ast.parse(f.read())))
     # Groups as in the source: a line of comment above some settings is their heading.
-    headings = read_headings(module["__file__"])
+    headings = read_headings(path)
     heading = None
     for name, (_, comment) in settings.items():
         if headings.get(name) != heading:
@@ -256,6 +258,28 @@ def print_help(module, settings, values):
             shown = ""
         print(textwrap.fill(comment, 100, initial_indent=f"{shown:<32}", subsequent_indent=indent))
     print("\nNames that nanoGPT and Hugging Face use are answered with ours.")
+
+
+def check_command_line(path, presets=None):
+    """Answer --help, or a mistake on the command line of the script at `path`, and exit.
+
+    Called before torch is imported, so that the answer comes at once. presets, {name: {key:
+    value}}: what --preset=name changes.
+    """
+    settings = read_settings(path)
+    args = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
+    with run_as_script():
+        overrides = parse_command_line(args, settings)
+        # Help shows the values that apply, so it needs the other arguments.
+        values = {key: default for key, (default, _) in settings.items()}
+        if presets:
+            preset = overrides.get("preset", "auto")
+            check_choice("preset", preset, ("auto", *presets))
+            values.update(presets.get(preset, {}))
+        if len(args) == len(sys.argv) - 1:
+            return
+        print_help(path, settings, {**values, **overrides})
+        sys.exit(0)
 
 
 def expand_value(key, value):
@@ -275,18 +299,12 @@ def configure(module, get_settings=None):
 
     get_settings, if given, is a function from the settings on the command line to all those to set,
     which can differ from the defaults. Returns the settings on the command line, {key: value}.
-    Raises UserError for a mistake; --help prints the settings and exits with status 0.
+    Raises UserError for a mistake.
     """
-    settings = read_settings(os.path.abspath(module["__file__"]))
-    # Help shows the values that apply, so it needs the other arguments.
-    args = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
-    overrides = parse_command_line(args, settings)
+    settings = read_settings(module["__file__"])
+    overrides = parse_command_line(sys.argv[1:], settings)
     overrides = {key: expand_value(key, value) for key, value in overrides.items()}
     values = get_settings(overrides) if get_settings else overrides
-    if len(args) < len(sys.argv) - 1:
-        defaults = {key: default for key, (default, _) in settings.items()}
-        print_help(module, settings, {**defaults, **values})
-        sys.exit(0)
     module.update(values)
     for key in settings:
         module[key] = expand_value(key, module[key])

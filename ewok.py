@@ -26,7 +26,11 @@ import time
 import zipfile
 import zlib
 
-from configurator import check_min, configure
+from configurator import check_command_line, check_min, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before torch is imported, which takes seconds
+
 from data.tokenizer import encode
 from device import pick_autocast
 from model import load_model

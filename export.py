@@ -14,7 +14,11 @@ import logging
 import os
 import shutil
 
-from configurator import check_choice, configure
+from configurator import check_choice, check_command_line, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before torch is imported, which takes seconds
+
 from data.tokenizer import EOT, encode, to_tokenizer_json, tokenizer_state
 from device import DTYPES
 from files import atomic_write

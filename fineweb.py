@@ -21,7 +21,11 @@ import shlex
 import shutil
 import sysconfig
 
-from configurator import check_choice, check_min, configure
+from configurator import check_choice, check_command_line, check_min, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before the imports below, which take a while
+
 from data.batch_encoder import tokenize
 from data.documents import TINYSHAKESPEARE, Documents
 from data.readers import read_text
@@ -216,10 +220,10 @@ def check_dataset():
     names = [dataset] if os.path.isfile(dataset) else []
     if os.path.isdir(dataset):
         names = os.listdir(dataset)
-    if any(name.endswith(".bin") for name in names):
+    if any(name.endswith((".bin", ".ds")) for name in names):
         folder = dataset if os.path.isdir(dataset) else os.path.dirname(dataset) or "."
         raise UserError(
-            f"--dataset={dataset}: holds .bin tokens, which need no conversion: "
+            f"--dataset={dataset}: holds tokens, which need no conversion: "
             f"python train_gpt2.py --data_dir={shlex.quote(folder)}"
         )
 

@@ -20,7 +20,11 @@ import os
 import re
 import time
 
-from configurator import check_choice, check_min, configure
+from configurator import check_choice, check_command_line, check_min, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before torch is imported, which takes seconds
+
 from data.tokenizer import encode
 from device import pick_autocast
 from files import download

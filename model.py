@@ -32,6 +32,7 @@ from weights import checkpoint_paths, find_checkpoint, read_checkpoint
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -208,6 +209,17 @@ class Block(nn.Module):
 
 
 # -- the model ----------------------------------------------------------------------
+class SkipInit(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are: for tensors without memory it would first
+    import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     # True: save only the blocks' inputs and compute the rest again in the backward pass.
     activation_checkpointing = False
@@ -405,7 +417,7 @@ class GPT(nn.Module):
         Raises UserError, which names the source, if they do not fit config.
         """
         # Build the modules without memory, then put the given tensors in their place.
-        with torch.device("meta"):
+        with torch.device("meta"), SkipInit():
             model = cls(config)
         try:
             model.load_state_dict(state, assign=True)

@@ -15,7 +15,11 @@ import math
 import os
 import re
 
-from configurator import check_choice, configure
+from configurator import check_choice, check_command_line, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before the imports below, which take a while
+
 from files import atomic_write
 from script import UserError, run_as_script
 

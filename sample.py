@@ -14,7 +14,11 @@ import contextlib
 import os
 import sys
 
-from configurator import check_min, configure
+from configurator import check_command_line, check_min, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before torch is imported, which takes seconds
+
 from data.tokenizer import encode
 from device import eager_mode, pick_device, pick_dtype
 from model import load_model

@@ -14,7 +14,11 @@ twentieth document is held out, to measure how well the tokens compress unseen t
 import json
 import os
 
-from configurator import check_choice, configure
+from configurator import check_choice, check_command_line, configure
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before the imports below, which take a while
+
 from data.documents import Documents
 from data.tokenizer import (
     EOT,

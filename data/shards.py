@@ -4,9 +4,10 @@ A folder of 1-D .npy arrays, <prefix>_val_000000.npy, <prefix>_train_000001.npy,
 if the vocabulary needs it), 100M tokens each by default. Each document starts with <|endoftext|>
 and continues in the next shard where one ends. meta.json says what is in them: dataset, subset,
 seed, tokenizer, vocab_size, dtype, `complete`, and for each shard its file, split, tokens,
-documents (those that start in it) and UTF-8 bytes. A folder without meta.json holds GPT-2 tokens
-and is read in place: build-nanogpt's .npy shards, llm.c's .bin shards, or nanoGPT's train.bin and
-val.bin.
+documents (those that start in it) and UTF-8 bytes.
+
+A folder without meta.json is read in place. It holds GPT-2 tokens: build-nanogpt's .npy shards,
+llm.c's .bin shards, or nanoGPT's train.bin and val.bin; or datatrove's .ds files, of any tokenizer.
 """
 
 import functools
@@ -23,18 +24,19 @@ from script import UserError
 import numpy as np
 
 NO_SHARD_YET = "no shard is complete yet: wait for fineweb.py, or start it again if it has ended"
-SHARD_NAME = re.compile(r"(train|val)\D*\d*\.(npy|bin)$")
+SHARD_SUFFIXES = (".npy", ".bin", ".ds")
+SHARD_NAME = re.compile(r"(train|val)(\D*\d*\.(npy|bin)|.*\.ds)$")
 # The first number in a .bin file of llm.c, for GPT-2 and for Llama 3.
 LLMC_MAGIC = 20240520
 LLAMA3_MAGIC = 20240801
 
 
 def has_shards(data_dir):
-    """Whether the folder exists and has .npy or .bin files."""
+    """Whether the folder exists and has files that are named like shards."""
     try:
         if not os.path.isdir(data_dir):
             return False
-        return any(name.endswith((".npy", ".bin")) for name in os.listdir(data_dir))
+        return any(name.endswith(SHARD_SUFFIXES) for name in os.listdir(data_dir))
     except OSError as e:
         raise UserError(f"{data_dir}: cannot be read ({e.strerror})")
 
@@ -42,6 +44,8 @@ def has_shards(data_dir):
 def open_shard(path):
     """A shard, memory-mapped: a 1-D array of uint16 or uint32; UserError if it is not one."""
     try:
+        if path.endswith(".ds"):
+            return open_ds(path)
         if path.endswith(".bin"):
             return open_bin(path)
         tokens = np.load(path, mmap_mode="r")
@@ -100,6 +104,36 @@ def open_bin(path):
     return tokens
 
 
+def read_ds_metadata(path):
+    """(name of the tokenizer, bytes per token, tokens) of a .ds file, from its .metadata file."""
+    # DocumentTokenizer writes it, with lines such as "gpt2|2", "5006913" and "5.01 MT".
+    try:
+        with open(f"{path}.metadata", encoding="utf-8") as f:
+            tokenizer, count, *_ = f.read().splitlines()
+        name, token_size = tokenizer.rsplit("|", 1)
+        return name, int(token_size), int(count)
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"{path}.metadata: cannot be read ({type(e).__name__}); datatrove writes it with "
+            "save_final_metadata=True"
+        )
+
+
+def open_ds(path):
+    """Tokens of a .ds file of datatrove's DocumentTokenizer, memory-mapped: 1-D, uint16 or uint32.
+
+    Raises UserError for a file that is cut short.
+    """
+    _, token_size, count = read_ds_metadata(path)
+    size = os.path.getsize(path)
+    if token_size not in (2, 4) or size != token_size * count:
+        raise UserError(
+            f"{path}: {size} bytes are not {count} tokens of {token_size} bytes, as its .metadata "
+            "says: it is cut short, make it again"
+        )
+    return np.memmap(path, dtype=f"<u{token_size}", mode="r")
+
+
 def find_other_dtype(tokens):
     """The NumPy dtype that uint16 values were really written in; "" if they are what they seem.
 
@@ -156,14 +190,29 @@ def default_meta(data_dir):
     names = sorted(name for name in os.listdir(data_dir) if SHARD_NAME.search(name))
     if not names:
         raise UserError(
-            f"{data_dir}: shards are named *_train_000001.npy and *_val_000000.npy (or .bin); "
-            "no file here is named like that"
+            f"{data_dir}: shards are named *_train_000001.npy and *_val_000000.npy (or .bin, "
+            ".ds); no file here is named like that"
         )
-    shards = [{"file": name, "split": SHARD_NAME.search(name)[1]} for name in names]
+    # A task of datatrove that had no documents leaves a file without tokens.
+    shards = []
+    for name in names:
+        if not name.endswith(".ds") or read_ds_metadata(f"{data_dir}/{name}")[2]:
+            shards.append({"file": name, "split": SHARD_NAME.search(name)[1]})
     # build-nanogpt's .npy shards are of FineWeb-Edu.
     is_npy = names[0].endswith(".npy")
     dataset = "fineweb-edu" if is_npy else os.path.basename(os.path.abspath(data_dir))
-    return {"dataset": dataset, "tokenizer": "gpt2", "complete": True, "shards": shards}
+    tokenizer = ds_tokenizer(data_dir, names[0]) if names[0].endswith(".ds") else "gpt2"
+    return {"dataset": dataset, "tokenizer": tokenizer, "complete": True, "shards": shards}
+
+
+def ds_tokenizer(data_dir, file):
+    """The tokenizer of a folder with a .ds file, for load_tokenizer."""
+    if os.path.exists(f"{data_dir}/tokenizer.json"):
+        return "tokenizer.json"
+    name, _, _ = read_ds_metadata(f"{data_dir}/{file}")
+    if os.path.basename(name) != "gpt2":  # gpt2 or openai-community/gpt2
+        raise UserError(f"{data_dir}: has the tokens of {name}: put its tokenizer.json there")
+    return "gpt2"
 
 
 class Shards:

@@ -30,7 +30,11 @@ import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
 
-from configurator import configure, current_settings
+from configurator import check_command_line, configure, current_settings
+
+if __name__ == "__main__":
+    check_command_line(__file__)  # before torch is imported, which takes seconds
+
 from data.documents import Documents
 from data.readers import read_text
 from data.tokenizer import load_tokenizer

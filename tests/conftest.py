@@ -16,7 +16,7 @@ import time
 from files import atomic_write
 from model import GPTConfig
 from script import UserError
-from train_gpt2 import MODERN
+from training.presets import MODERN
 
 import pytest
 import torch

@@ -5,7 +5,8 @@ import runpy
 import subprocess
 import sys
 
-from conftest import command
+from configurator import check_command_line
+from conftest import ROOT, command
 from script import UserError
 
 import pytest
@@ -139,9 +140,12 @@ def test_files_are_parsed_and_never_run(configured, tmp_path, capsys, line, mess
     assert capsys.readouterr().out == ""
 
 
-def test_help_lists_defaults_and_comments(configured, capsys):
+def test_help_lists_defaults_and_comments(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as e:
-        configured("--help")
+        check_command_line(script)
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("What it does.\n")
@@ -153,7 +157,8 @@ def test_help_lists_defaults_and_comments(configured, capsys):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], {"--n_embd=128", "--B=16"}),  # no shards here: the demo
+        ([], {"--n_embd=768", "--B=64"}),
+        (["--preset=tiny", "--T=64"], {"--n_embd=128", "--B=16", "--T=64"}),
         (["--preset=modern"], {"--n_embd=768", "--optimizer=muon", "--max_lr=0.0036"}),
     ],
 )
@@ -169,10 +174,27 @@ def test_help_of_the_trainer(tmp_path, args, expected):
     assert max(map(len, out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [(["--help"], 0), (["--max_step=5"], 1), (["--seed"], 1), (["--preset=big"], 1)],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, args, status):
+    scripts = [ROOT / "train_gpt2.py"]
+    if args == ["--help"]:
+        scripts = [path for path in ROOT.glob("*.py") if "configure(globals()" in path.read_text()]
+        scripts = [path for path in scripts if path.name not in ("script.py", "configurator.py")]
+        assert len(scripts) == 8
+    for script in scripts:
+        line = [sys.executable, "-X", "importtime", str(script), *args]
+        result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        modules = re.findall(r"\| +(\S+)$", result.stderr, re.MULTILINE)
+        assert result.returncode == status and "configurator" in modules
+        assert not {"torch", "numpy"} & set(modules), f"{script}: slow"
+
+
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "sample.py"])
 def test_every_setting_of_every_script_is_explained(script):
     from configurator import read_settings
-    from conftest import ROOT
 
     plain = {"n_layer", "n_head", "n_embd", "beta1", "beta2", "num_samples"}  # the name says it
     for name, (_, comment) in read_settings(ROOT / script).items():

