@@ -144,14 +144,15 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         # Norms and rotations are computed in float32, attention in the dtype of the values.
+        dtype = v.dtype
         if self.qk_norm:
             q = self.q_norm(q.float())
             k = self.k_norm(k.float())
         if cos_sin is not None:
             q = apply_rope(q.float(), *cos_sin)
             k = apply_rope(k.float(), *cos_sin)
-        q = q.to(v.dtype)
-        k = k.to(v.dtype)
+        q = q.to(dtype)
+        k = k.to(dtype)
         # When generating, cache (2, B, nh, max_len, hs) has the keys and values before pos.
         if cache is not None:
             cache[0, :, :, pos : pos + T] = k
@@ -163,7 +164,7 @@ class CausalSelfAttention(nn.Module):
         y = attention(q, k, v, mask, is_causal=pos == 0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         # A float32 cache makes y float32.
-        return self.c_proj(y.to(v.dtype))
+        return self.c_proj(y.to(dtype))
 
 
 class MLP(nn.Module):

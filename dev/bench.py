@@ -1,13 +1,14 @@
-"""Benchmark training, sampling, scoring and tokenizing on this machine, next to other projects.
+"""Benchmark every stage on this machine, next to other projects.
 
     python dev/bench.py                                      # against what is installed
     python dev/bench.py --what=train,sample --rounds=7
-    python dev/bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
+    python dev/bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt --gguf=gpt2.gguf
 
 Prints one table of ratios. Each contender runs in its own process, with the same weights and work
 (except --preset=modern, which is another model), and takes turns with ours: a ratio compares
-medians of the same minutes, after two warm-ups. transformers and lm_eval are included if they are
-installed, and so is the FLOP/s of a large matrix product, in tokens.
+medians of the same minutes, after two warm-ups. transformers, lm_eval, llama.cpp, CTranslate2 and
+gigatoken are included if they are installed, and so is the FLOP/s of a large matrix product, in
+tokens.
 """
 
 import ast
@@ -17,11 +18,13 @@ import contextlib
 import functools
 from functools import partial
 import glob
+from itertools import islice
 import json
 import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -37,7 +40,8 @@ if __name__ == "__main__":
 
 from data.documents import Documents
 from data.readers import read_text
-from data.tokenizer import load_tokenizer
+from data.shard_writer import write_meta
+from data.tokenizer import load_tokenizer, to_tokenizer_json
 from device import pick_autocast, pick_compile, pick_device, pick_dtype, tune_malloc
 import fineweb
 import hellaswag
@@ -54,11 +58,12 @@ import torch
 from torch.nn import functional as F
 
 # -- settings: override any with --key=value --------------------------------------
-what = "train,sample,score,tokenize"  # which parts to run
+what = "train,sample,score,tokenize,start"  # which parts to run
 against = ""  # only contenders whose names have one of these words; empty: all
 rounds = 5  # turns that each contender takes
 nanogpt = ""  # a clone of github.com/karpathy/nanoGPT, to run its model as well
 build_nanogpt = ""  # a clone of github.com/karpathy/build-nanogpt, likewise
+gguf = ""  # a GPT-2 of this size for llama.cpp (docs/export.md says how to make one)
 n_layer = 12  # of the model
 n_head = 12
 n_embd = 768
@@ -73,15 +78,15 @@ dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else
 compile = "auto"  # torch.compile of our training step: true, false, or auto, which is true on CUDA
 scratch = ""  # a folder to work in; empty: a temporary one
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCAB = 50257
 
 
 def new_model(**parts):
     """Our GPT-2 with the weights of all contenders; parts: other fields of GPTConfig."""
     torch.manual_seed(0)
-    return GPT(
-        GPTConfig(1024, VOCAB, **{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd} | parts)
-    )
+    size = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    return GPT(GPTConfig(1024, VOCAB, **size | parts))
 
 
 # -- the contenders ----------------------------------------------------------------
@@ -108,11 +113,8 @@ def train_ours(preset="gpt2"):
     tune_malloc()
     s = train_gpt2.preset_settings(preset)
     heads = n_head if preset == "gpt2" or n_embd % 128 else n_embd // 128
-    parts = {key: s[key] for key in train_gpt2.MODEL_KEYS} | {
-        "n_layer": n_layer,
-        "n_head": heads,
-        "n_embd": n_embd,
-    }
+    parts = {key: s[key] for key in train_gpt2.MODEL_KEYS}
+    parts |= {"n_layer": n_layer, "n_head": heads, "n_embd": n_embd}
     model = new_model(**parts).to(device)
     forward = torch.compile(model) if pick_compile(compile, device) else model
     optimizers = configure_optimizers(
@@ -168,19 +170,47 @@ def sample_ours():
 def sample_transformers():
     model = transformers_model(pick_dtype(dtype, device)).eval()
     idx = torch.arange(16, device=model.device)[None]
-    how = {
-        "do_sample": True,
-        "temperature": 0.8,
-        "top_k": 200,
-        "pad_token_id": VOCAB - 1,
-        "eos_token_id": None,
-    }
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "max_new_tokens": max_new_tokens}
+    tokens = {"pad_token_id": VOCAB - 1, "eos_token_id": None}
 
     def step():
-        out = model.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **how
-        )
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), **how, **tokens)
         assert out.size(1) == 16 + max_new_tokens
+
+    return step, max_new_tokens
+
+
+def sample_llama_cpp():
+    from llama_cpp import Llama
+
+    if not gguf:
+        raise UserError("there is no model for it: --gguf= names one")
+    llm = Llama(gguf, n_ctx=1024, n_threads=num_cpus(), verbose=False)
+    how = {"temp": 0.8, "top_k": 200, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+    prompt = list(range(16))
+    return lambda: drain(islice(llm.generate(prompt, **how), max_new_tokens)), max_new_tokens
+
+
+def sample_ctranslate2(weights):
+    import ctranslate2
+
+    # Its converter reads a folder with a tokenizer, its generator pieces of text.
+    folder = f"{scratch}/ctranslate2-{weights}"
+    transformers_model(torch.float32).save_pretrained(f"{folder}/hf")
+    with open(f"{folder}/hf/tokenizer.json", "w") as f:
+        json.dump(to_tokenizer_json(load_tokenizer("gpt2")), f)
+    with open(f"{folder}/hf/tokenizer_config.json", "w") as f:
+        special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}, f)
+    converter = ctranslate2.converters.TransformersConverter(f"{folder}/hf")
+    converter.convert(f"{folder}/model", quantization=weights)
+    generator = ctranslate2.Generator(f"{folder}/model", device, intra_threads=num_cpus())
+    how = {"sampling_temperature": 0.8, "sampling_topk": 200, "include_prompt_in_result": False}
+    length = {"min_length": max_new_tokens, "max_length": max_new_tokens}
+
+    def step():
+        (result,) = generator.generate_batch([["!"] * 16], **how, **length)
+        assert len(result.sequences[0]) == max_new_tokens
 
     return step, max_new_tokens
 
@@ -196,38 +226,18 @@ def score_pairs():
     pairs = []
     for _ in range(items):
         context = rng.integers(VOCAB, size=rng.integers(15, 90)).tolist()
-        pairs += [
-            (context, rng.integers(VOCAB, size=rng.integers(10, 40)).tolist()) for _ in range(4)
-        ]
+        for _ in range(4):
+            pairs.append((context, rng.integers(VOCAB, size=rng.integers(10, 40)).tolist()))
     return pairs
 
 
 def score_ours():
+    tune_malloc()
     model, pairs = new_model().to(device).eval(), score_pairs()
 
     def step():
         with pick_autocast(dtype, device):
             return score_completions(model, pairs)[0].tolist()
-
-    return step, items
-
-
-def score_item_by_item():
-    """The four completions of an item, padded, all logits in float32; then the next item."""
-    model, pairs = new_model().to(device).eval(), score_pairs()
-
-    @torch.no_grad()
-    def step():
-        sums = []
-        for i in range(0, len(pairs), 4):
-            texts = [torch.tensor(context + ending) for context, ending in pairs[i : i + 4]]
-            idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
-            losses = F.cross_entropy(
-                model(idx)[:, :-1].transpose(1, 2), idx[:, 1:], reduction="none"
-            )
-            for row, (context, ending) in zip(losses, pairs[i : i + 4], strict=True):
-                sums.append(-row[len(context) - 1 : len(context) + len(ending) - 1].sum().item())
-        return sums
 
     return step, items
 
@@ -243,9 +253,7 @@ def score_lm_eval(batch_size=4):
         tokenizer_object=Tokenizer(models.BPE()), eos_token="<|endoftext|>"
     )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    requests = [
-        (("", str(i)), context, ending) for i, (context, ending) in enumerate(score_pairs())
-    ]
+    requests = [(("", str(i)), *pair) for i, pair in enumerate(score_pairs())]
     return lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), items
 
 
@@ -272,8 +280,9 @@ def write_texts(write):
     return step, sum(len(ids) for ids in enc.encode_ordinary_batch(list(Documents(corpus()))))
 
 
-def tokenize_ours():
-    return write_texts(lambda texts, enc, folder: fineweb.write_shards(texts, enc, folder, "bench"))
+def tokenize_ours(engine="auto"):
+    """With gigatoken, if it is installed."""
+    return write_texts(partial(fineweb.write_shards, prefix="bench", engine=engine))
 
 
 def encode_for_pool(text):
@@ -291,6 +300,22 @@ def tokenize_pool():
         np.save(os.path.join(folder, "shard.npy"), np.concatenate(arrays))
 
     return write_texts(write)
+
+
+def start_ours(num_shards):
+    """The trainer, from Enter to the end of its first step, with shards of 10M zeros (sparse)."""
+    folder = f"{scratch}/{num_shards}"
+    os.makedirs(folder)
+    shards = []
+    for i in range(num_shards):
+        name = f"bench_{'train' if i else 'val'}_{i:06d}.npy"
+        np.lib.format.open_memmap(f"{folder}/{name}", "w+", np.uint16, (10_000_000,))
+        shards.append({"file": name, "split": "train" if i else "val", "tokens": 10_000_000})
+    write_meta(folder, {"tokenizer": "bytes", "complete": True, "shards": shards})
+    line = ["train_gpt2.py", "--preset=tiny", "--max_steps=1", "--eval_every=0", "--sample_every=0"]
+    line += ["--plot_every=0", f"--data_dir={folder}", f"--log_dir={folder}/log"]
+    output = subprocess.DEVNULL
+    return lambda: subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=output), 1
 
 
 # -- what the machine can do, in the units of the contenders --------------------------
@@ -312,11 +337,8 @@ def import_definitions(clone, name, **variables):
         sys.modules.pop(name, None)
     with open(path) as f:
         tree = ast.parse(f.read())
-    tree.body = [
-        x
-        for x in tree.body
-        if isinstance(x, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)
-    ]
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    tree.body = [node for node in tree.body if isinstance(node, kinds)]
     module = types.ModuleType("theirs")
     sys.modules["theirs"] = module  # dataclasses look there
     module.__dict__.update(variables)
@@ -345,13 +367,23 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "build-nanogpt": train_build_nanogpt,
         "limit: matrix product": matmul,
     }),
-    "sample": ("tokens", {"ours": sample_ours, "transformers": sample_transformers}),
-    "score": ("items", {
-        "ours": score_ours,
-        "item by item (as build-nanogpt)": score_item_by_item,
-        "lm_eval": score_lm_eval,
+    "sample": ("tokens", {
+        "ours": sample_ours,
+        "transformers": sample_transformers,
+        "llama.cpp": sample_llama_cpp,
+        "CTranslate2, float32": partial(sample_ctranslate2, "float32"),
+        "CTranslate2, int8": partial(sample_ctranslate2, "int8"),
     }),
-    "tokenize": ("tokens", {"ours": tokenize_ours, "pool.imap (build-nanogpt)": tokenize_pool}),
+    "score": ("items", {"ours": score_ours, "lm_eval": score_lm_eval}),
+    "tokenize": ("tokens", {
+        "ours": tokenize_ours,
+        "ours, --engine=tiktoken": partial(tokenize_ours, "tiktoken"),
+        "pool.imap (build-nanogpt)": tokenize_pool,
+    }),
+    "start": ("runs", {
+        "ours, 2 shards": partial(start_ours, 2),
+        "ours, 10,000 shards": partial(start_ours, 10_000),
+    }),
 }  # fmt: skip
 
 
@@ -374,7 +406,8 @@ def time_once():
         return time.perf_counter() - start, torch.cuda.max_memory_allocated()
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds, (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss or ours) * unit
 
 
 class Contender:
@@ -410,7 +443,7 @@ def start_contender(part, name):
 
 
 def format_rate(rate, unit):
-    digits = 1 if rate < 100 else 0
+    digits = 2 if rate < 1 else 1 if rate < 100 else 0
     return f"{rate:,.{digits}f} {unit}/s"
 
 
@@ -444,13 +477,14 @@ def main():
         raise UserError(f"--what={what}: choose among {','.join(PARTS)}")
     if rounds < 1:
         raise UserError(f"--rounds={rounds}: must be at least 1")
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"{num_cpus()} CPU cores"
-    )
+    name = f"{num_cpus()} CPU cores"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     precision, size = str(pick_dtype(dtype, device))[6:], new_model().num_params() / 1e6
-    print(f"{name}, {precision}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    line = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(line, capture_output=True, text=True).stdout.strip() or "unknown"
+    print(f"{time.strftime('%Y-%m-%d')}, commit {commit}, torch {torch.__version__}")
+    print(f"{name}, {precision}")
     print(f"{size:.0f}M parameters, training on {B} x {T} tokens, medians of {rounds} turns\n")
     print("| what | ours | beside it | theirs | ratio | peak memory |\n|---|---|---|---|---|---|")
     for part in what.split(","):

@@ -66,12 +66,6 @@ def test_transformers_has_our_weights(tiny):
     torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_every_way_to_score_gives_the_same(tiny):
-    ours = bench.score_ours()[0]()
-    assert len(ours) == 12
-    assert bench.score_item_by_item()[0]() == pytest.approx(ours, abs=1e-3)
-
-
 def test_other_peoples_scripts_are_not_run(tmp_path):
     (tmp_path / "theirs.py").write_text(
         "import math\nclass GPT:\n    size = math.pi\nraise SystemExit('it ran')\n"
@@ -101,4 +95,5 @@ def test_weights_in_float16_are_near_those_in_float32():
         idx = torch.randint(257, (3, 40))
         near, far = ((plain(idx) - other(idx)).abs().max() for other in (half, brain))
         assert 0 < near < far / 4
-        assert len(list(half.generate(idx, 40, 2, temperature=0))) == 40  # past the context
+        for model in (half, brain):
+            assert len(list(model.generate(idx, 40, 2, temperature=0))) == 40  # past the context

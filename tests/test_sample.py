@@ -31,6 +31,12 @@ def test_greedy_text_is_the_models(run, checkpoint):
     assert out == "Hello" + bytes(tokens).decode(errors="replace") + "\n"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype(run, checkpoint, dtype):
+    out = run("sample.py", "--prompt=Hello", f"--dtype={dtype}", "--max_new_tokens=40")
+    assert out.startswith("Hello") and len(out) > 20  # past the context
+
+
 def test_samples_seed_and_file(run, checkpoint, tmp_path):
     args = ["--prompt=ab", "--num_samples=3", "--max_new_tokens=30"]
     first = run("sample.py", *args, "--out=out.txt")
