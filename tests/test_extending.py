@@ -33,7 +33,7 @@ class ToySGD(torch.optim.SGD):
     """SGD with momentum for all parameters."""
 
     state_floats_per_param = 1
-    scales_weight_decay = False
+    scales_with_size = False
 
     @classmethod
     def configure(cls, model, lr, weight_decay, betas):

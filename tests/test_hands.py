@@ -109,32 +109,37 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ([], "19,073 steps, cosine: warmup 715, stable 0, decay 18,358"),
-        (["--max_steps=200"], "200 steps, cosine: warmup 8, stable 0, decay 192"),
-        (["--max_steps=57219"], "57,219 steps, cosine: warmup 2,145, stable 0, decay 55,074"),
+        ([], "19,073 steps, cosine: warmup 715, stable 0, decay 18,358; max_lr 0.0006"),
+        (["--max_steps=200"], "200 steps, cosine: warmup 8, stable 0, decay 192; max_lr 0.0006"),
+        (
+            ["--max_steps=57219", "--n_embd=192"],
+            "57,219 steps, cosine: warmup 2,145, stable 0, decay 55,074; max_lr 0.0006",
+        ),
         (
             ["--max_steps=1000", "--preset=modern"],
-            "1,000 steps, wsd: warmup 3, stable 397, decay 600; weight decay 0.2",
+            "1,000 steps, wsd: warmup 3, stable 397, decay 600; max_lr 0.0036, weight_decay 0.2",
         ),
         (
             ["--preset=modern"],
-            "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444; weight decay 0.04",
+            "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444; "
+            "max_lr 0.0036, weight_decay 0.04",
         ),
         (
-            ["--preset=modern", "--max_steps=10000"],
-            "10,000 steps, wsd: warmup 21, stable 3,979, decay 6,000; weight decay 0.0763",
+            ["--preset=modern", "--max_steps=10000", "--n_embd=192"],
+            "10,000 steps, wsd: warmup 21, stable 3,979, decay 6,000; "
+            "max_lr 0.0072, weight_decay 0.0763",
         ),
         (
-            ["--preset=modern", "--optimizer=adamw"],
-            "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444",
+            ["--preset=modern", "--optimizer=adamw", "--n_embd=192"],
+            "19,073 steps, wsd: warmup 40, stable 7,589, decay 11,444; max_lr 0.0036",
         ),
         (
             ["--max_steps=1000", "--warmup_steps=5"],
-            "1,000 steps, cosine: warmup 5, stable 0, decay 995",
+            "1,000 steps, cosine: warmup 5, stable 0, decay 995; max_lr 0.0006",
         ),
         (
-            ["--max_steps=1", "--preset=modern"],
-            "1 steps, wsd: warmup 1, stable 0, decay 0; weight decay 0.2",
+            ["--max_steps=1", "--preset=modern", "--n_embd=192", "--max_lr=5e-3"],
+            "1 steps, wsd: warmup 1, stable 0, decay 0; max_lr 0.005, weight_decay 0.2",
         ),
     ],
 )
@@ -208,6 +213,17 @@ def test_a_run_of_no_steps_goes_on(run, shards, tmp_path):
         "train_gpt2.py", "--resume", "--max_steps=22"
     )
     assert len(read_log(tmp_path / "log", "train")) == 22
+
+
+def test_a_resumed_run_keeps_its_learning_rate(run, shards):
+    """Runs of other widths started at 0.0036 before the rate followed n_embd."""
+    args = """--preset=modern --data_dir=shards --n_layer=1 --n_head=1 --n_embd=32 --T=32 --B=4
+        --total_batch_size=512 --max_steps=4 --dtype=float32 --eval_every=0 --sample_every=0
+        --hellaswag_every=0 --ewok_every=0""".split()
+    assert "; max_lr 0.0176, weight_decay 0.2" in run("train_gpt2.py", *args)
+    run("train_gpt2.py", *args, "--max_lr=3.6e-3", "--max_steps=2", "--log_dir=old")
+    out = run("train_gpt2.py", "--resume", "--log_dir=old", "--max_steps=4")
+    assert "; max_lr 0.0036, weight_decay 0.2" in out
 
 
 # -- checkpoints --------------------------------------------------------------------

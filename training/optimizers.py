@@ -6,7 +6,8 @@ the memory need to know about it:
 configure(model, weight_decay, lr, betas)   a list of optimizers that together update the model
 hyperparameters_at(step)                    options of its groups that change during a run
 state_floats_per_param                      the size of its state, in floats per parameter
-scales_weight_decay                         whether shorter runs get more weight decay (schedule.py)
+scales_with_size                            whether the learning rate and weight decay of a preset
+                                            follow the width and length of a run (schedule.py)
 
 The state of a parameter must hold a tensor, or torch's checkpoints cannot store it. A parameter
 group can have an `lr_scale`, by which the trainer multiplies the learning rate. Muon
@@ -25,7 +26,7 @@ class AdamW(torch.optim.AdamW):
     """As in the GPT-3 paper: weight decay on matrices and embeddings, none on biases and norms."""
 
     state_floats_per_param = 2
-    scales_weight_decay = False
+    scales_with_size = False
 
     @classmethod
     def configure(cls, model, weight_decay, lr, betas):
@@ -77,7 +78,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     state_floats_per_param = 1  # plus one float per neuron
-    scales_weight_decay = True
+    scales_with_size = True
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95, num_matrices=1):
         # torch's Optimizer keeps the options of each group.

@@ -54,12 +54,24 @@ def rescale_schedule(s, max_steps, overrides):
     cooldown = s["cooldown_steps"] * max_steps // s["max_steps"]
     room = max(0, max_steps - overrides.get("warmup_steps", warmup))
     rescaled = {"warmup_steps": warmup, "cooldown_steps": min(cooldown, room)}
-    if OPTIMIZERS[s["optimizer"]].scales_weight_decay and max_steps:
+    if OPTIMIZERS[s["optimizer"]].scales_with_size and max_steps:
         # More weight decay in shorter runs.
         decay = s["weight_decay"] * s["max_steps"] / max_steps
         decay = min(decay, max(0.2, s["weight_decay"]))
         rescaled["weight_decay"] = float(f"{decay:.3g}")
     return rescaled
+
+
+def scale_max_lr(s, n_embd):
+    """The max_lr of a preset, whose settings are s, for a model of the width n_embd.
+
+    With Muon it is proportional to n_embd^-0.5, as nanochat scales AdamW's rates. Search found 7e-3
+    for a width of 192 and 5e-3 for 384, where 3.6e-3 at 768 becomes 7.2e-3 and 5.1e-3 (6 layers,
+    dev/LOG.md). The other presets have GPT-3's table instead.
+    """
+    if not OPTIMIZERS[s["optimizer"]].scales_with_size:
+        return s["max_lr"]
+    return float(f"{s['max_lr'] * (s['n_embd'] / max(1, n_embd)) ** 0.5:.3g}")
 
 
 def check_schedule(s):
@@ -92,9 +104,9 @@ def describe_schedule(s, rewarm_from=None):
     decay = max_steps - warmup if s["schedule"] == "cosine" else s["cooldown_steps"]
     stable = max_steps - warmup - decay
     line = f"{max_steps:,} steps, {s['schedule']}: "
-    line += f"warmup {warmup:,}, stable {stable:,}, decay {decay:,}"
-    if OPTIMIZERS[s["optimizer"]].scales_weight_decay:
-        line += f"; weight decay {s['weight_decay']:g}"
+    line += f"warmup {warmup:,}, stable {stable:,}, decay {decay:,}; max_lr {s['max_lr']:g}"
+    if OPTIMIZERS[s["optimizer"]].scales_with_size:
+        line += f", weight_decay {s['weight_decay']:g}"
     if rewarm_from:
         rewarm_step, rewarm_lr = rewarm_from
         line += f"; extended: rises again from {rewarm_lr:.1e} at step {rewarm_step}"

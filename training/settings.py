@@ -13,7 +13,7 @@ from data.shards import has_shards
 from script import UserError
 from training.checkpoint import COMMAND_SETTINGS, load_resume
 from training.optimizers import OPTIMIZERS
-from training.schedule import check_schedule, rescale_schedule
+from training.schedule import check_schedule, rescale_schedule, scale_max_lr
 
 DEMO_DIR = "demo_data"
 AT_LEAST_1 = (
@@ -51,9 +51,11 @@ def resolve_settings(overrides, presets, preset_settings, immutable):
         saved = load_resume(merged["log_dir"], mmap=True)
         if saved:
             settings["data_dir"] = saved["settings"]["data_dir"]
-    # Warmup, cooldown and weight decay scale with max_steps.
+    # Warmup, cooldown and weight decay scale with max_steps, the learning rate with the width.
     settings["optimizer"] = overrides.get("optimizer", settings["optimizer"])
     check_choice("optimizer", settings["optimizer"], tuple(OPTIMIZERS))
+    n_embd = overrides.get("n_embd", settings["n_embd"])
+    settings["max_lr"] = scale_max_lr(settings, n_embd)
     max_steps = overrides.get("max_steps", settings["max_steps"])
     rescaled = rescale_schedule(settings, max_steps, overrides)
     return {**settings, **rescaled, **overrides, "preset": name}
