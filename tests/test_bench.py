@@ -1,10 +1,12 @@
-"""bench.py: the table, and that its contenders do the same work."""
+"""bench.py: the table, and that its contenders do the same work; sweep.py."""
 
 import copy
 import re
 
 import bench
 from conftest import MODERN_PARTS
+from script import UserError
+import sweep
 
 import pytest
 import torch
@@ -97,3 +99,26 @@ def test_weights_in_float16_are_near_those_in_float32():
         assert 0 < near < far / 4
         for model in (half, brain):
             assert len(list(model.generate(idx, 40, 2, temperature=0))) == 40  # past the context
+
+
+def test_runs_of_a_sweep(tmp_path, monkeypatch):
+    """Each combination once, at the rate of the preset, times a factor."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "records", "runs.jsonl")
+    monkeypatch.setattr(sweep, "data_dir", "shards")
+    monkeypatch.setattr(sweep, "grid", "n_embd=192,768 lr_factor=1,2 total_batch_size=8192")
+    monkeypatch.setattr(sweep, "train", lambda settings, log_dir: {"0": 9.0, "61": 5.5})
+    for _ in range(2):
+        sweep.main()
+    settings = [record["settings"] for record in sweep.read_records()]
+    assert [x["max_lr"] for x in settings] == ["0.0072", "0.0144", "0.0036", "0.0072"]
+    assert [x["n_head"] for x in settings] == ["3", "3", "6", "6"]
+    assert {x["max_steps"] for x in settings} == {"61"}
+    monkeypatch.setattr(sweep, "draw", "rates.png")
+    sweep.main()
+    assert (tmp_path / "rates.png").stat().st_size > 10_000
+    for grid in ("n_embd", "n_embd=a"):
+        monkeypatch.setattr(sweep, "grid", grid)
+        monkeypatch.setattr(sweep, "draw", "")
+        with pytest.raises(UserError):
+            sweep.main()
