@@ -17,7 +17,7 @@ import os
 import sys
 import textwrap
 
-from script import UserError, run_as_script
+from script import UserError, is_rank_0, run_as_script
 
 # Names that nanoGPT and Hugging Face use, and our own former names -> ours.
 ALIASES = {
@@ -243,7 +243,7 @@ def read_headings(path):
 def print_help(path, settings, values):
     """Print a script's docstring, and each setting with its value and its comment, in groups."""
     with open(path, encoding="utf-8") as f:
-        print(ast.get_docstring(ast.parse(f.read())))
+        print(ast.get_docstring(ast.parse(f.read())) or "")
     # Groups as in the source: a line of comment above some settings is their heading.
     headings = read_headings(path)
     heading = None
@@ -261,7 +261,7 @@ def print_help(path, settings, values):
 
 
 def check_command_line(path, presets=None):
-    """Answer --help, or a mistake on the command line of the script at `path`, and exit.
+    """Print the help or an error message of the script at `path`, and exit, if either is due.
 
     Called before torch is imported, so that the answer comes at once. presets, {name: {key:
     value}}: what --preset=name changes.
@@ -270,15 +270,17 @@ def check_command_line(path, presets=None):
     args = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with run_as_script():
         overrides = parse_command_line(args, settings)
-        # Help shows the values that apply, so it needs the other arguments.
+        # Help shows a preset's values, before the trainer scales them to max_steps and n_embd.
         values = {key: default for key, (default, _) in settings.items()}
         if presets:
             preset = overrides.get("preset", "auto")
             check_choice("preset", preset, ("auto", *presets))
             values.update(presets.get(preset, {}))
+        # All is well, and no help is wanted.
         if len(args) == len(sys.argv) - 1:
             return
-        print_help(path, settings, {**values, **overrides})
+        if is_rank_0():
+            print_help(path, settings, {**values, **overrides})
         sys.exit(0)
 
 

@@ -123,9 +123,11 @@ def eager_mode():
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Nothing is compiled without torch._dynamo, and importing it takes a second.
-    is_eager = "torch._dynamo" not in sys.modules
+    stance = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:
+        stance = torch.compiler.set_stance("force_eager")
     try:
-        with contextlib.nullcontext() if is_eager else torch.compiler.set_stance("force_eager"):
+        with stance:
             yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was_enabled)

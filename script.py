@@ -1,6 +1,9 @@
 """How every script starts and ends: errors in one line, quiet Ctrl-C, safe pipes.
 
     if __name__ == "__main__":
+        check_command_line(__file__)  # before slow imports
+
+    if __name__ == "__main__":        # at the end of the file
         with run_as_script():
             configure(globals())
             main()

@@ -82,7 +82,7 @@ optimizer = "adamw"  # adamw, or muon for the matrices of the blocks (with AdamW
 schedule = "cosine"  # cosine, or wsd: max_lr, then a cooldown to min_lr
 cooldown_steps = 1900  # length of wsd's cooldown, linear from max_lr to min_lr
 warmup_steps = 715  # length of the warmup; 715 is GPT-3's 375M tokens
-max_lr = 6e-4  # highest learning rate; with muon it follows n_embd; 6e-4 is GPT-3 124M's
+max_lr = 6e-4  # highest learning rate (GPT-3 124M's); with muon it is scaled by n_embd^-0.5
 min_lr = 6e-5  # learning rate at the end of the run
 weight_decay = 0.1  # of AdamW's matrices and embeddings, or only of Muon's; more in short runs
 beta1 = 0.9  # decay of AdamW's mean of gradients
@@ -135,7 +135,7 @@ def preset_settings(name):
 
 def initial_settings(overrides):
     """All settings of this command; overrides: those on the command line."""
-    return resolve_settings(overrides, PRESETS, preset_settings, IMMUTABLE)
+    return resolve_settings(overrides, preset_settings, IMMUTABLE)
 
 
 @dataclasses.dataclass

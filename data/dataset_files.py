@@ -10,7 +10,6 @@ import os
 import re
 
 from data.readers import READERS, find_reader
-from data.shards import SHARD_SUFFIXES
 from files import is_locked
 from script import UserError
 
@@ -178,6 +177,6 @@ def walk(path, skipped):
 def is_written_by_us(folder, names):
     """Whether a folder holds token shards, or is a run's log folder."""
     # A folder that is being written may hold nothing but its lock.
-    has_shards = "meta.json" in names and any(name.endswith(SHARD_SUFFIXES) for name in names)
+    has_shards = "meta.json" in names and any(name.endswith((".npy", ".bin")) for name in names)
     has_log = "log.txt" in names and "metrics.jsonl" in names
     return has_shards or has_log or is_locked(folder)

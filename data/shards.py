@@ -24,19 +24,18 @@ from script import UserError
 import numpy as np
 
 NO_SHARD_YET = "no shard is complete yet: wait for fineweb.py, or start it again if it has ended"
-SHARD_SUFFIXES = (".npy", ".bin", ".ds")
-SHARD_NAME = re.compile(r"(train|val)(\D*\d*\.(npy|bin)|.*\.ds)$")
+SHARD_NAME = re.compile(r"(?<![A-Za-z])(train|val)(\D*\d*\.(npy|bin)|.*\.ds)$")
 # The first number in a .bin file of llm.c, for GPT-2 and for Llama 3.
 LLMC_MAGIC = 20240520
 LLAMA3_MAGIC = 20240801
 
 
 def has_shards(data_dir):
-    """Whether the folder exists and has files that are named like shards."""
+    """Whether the folder exists and has .npy, .bin or .ds files."""
     try:
         if not os.path.isdir(data_dir):
             return False
-        return any(name.endswith(SHARD_SUFFIXES) for name in os.listdir(data_dir))
+        return any(name.endswith((".npy", ".bin", ".ds")) for name in os.listdir(data_dir))
     except OSError as e:
         raise UserError(f"{data_dir}: cannot be read ({e.strerror})")
 
@@ -106,30 +105,32 @@ def open_bin(path):
 
 def read_ds_metadata(path):
     """(name of the tokenizer, bytes per token, tokens) of a .ds file, from its .metadata file."""
-    # DocumentTokenizer writes it, with lines such as "gpt2|2", "5006913" and "5.01 MT".
+    # DocumentTokenizer writes it last, with lines such as "gpt2|2", "5006913" and "5.01 MT".
     try:
         with open(f"{path}.metadata", encoding="utf-8") as f:
             tokenizer, count, *_ = f.read().splitlines()
         name, token_size = tokenizer.rsplit("|", 1)
         return name, int(token_size), int(count)
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise UserError(
-            f"{path}.metadata: cannot be read ({type(e).__name__}); datatrove writes it with "
-            "save_final_metadata=True"
+            f"{path}.metadata: cannot be read ({e.strerror}); datatrove writes it when the .ds "
+            "file is complete, unless it has save_final_metadata=False"
         )
+    except ValueError:
+        raise UserError(f"{path}.metadata: not the metadata of a .ds file of datatrove")
 
 
 def open_ds(path):
     """Tokens of a .ds file of datatrove's DocumentTokenizer, memory-mapped: 1-D, uint16 or uint32.
 
-    Raises UserError for a file that is cut short.
+    Raises UserError if its size is not what its .metadata says.
     """
     _, token_size, count = read_ds_metadata(path)
     size = os.path.getsize(path)
     if token_size not in (2, 4) or size != token_size * count:
         raise UserError(
             f"{path}: {size} bytes are not {count} tokens of {token_size} bytes, as its .metadata "
-            "says: it is cut short, make it again"
+            "says; make it again"
         )
     return np.memmap(path, dtype=f"<u{token_size}", mode="r")
 
@@ -187,32 +188,49 @@ def read_meta(data_dir):
 def default_meta(data_dir):
     """A meta.json dict for a folder without that file; UserError if it holds no shards."""
     # The names decide which split a file belongs to.
-    names = sorted(name for name in os.listdir(data_dir) if SHARD_NAME.search(name))
-    if not names:
-        raise UserError(
-            f"{data_dir}: shards are named *_train_000001.npy and *_val_000000.npy (or .bin, "
-            ".ds); no file here is named like that"
-        )
-    # A task of datatrove that had no documents leaves a file without tokens.
+    hint = "shards are named *_train_000001.npy and *_val_000000.npy (or .bin, .ds)"
     shards = []
-    for name in names:
-        if not name.endswith(".ds") or read_ds_metadata(f"{data_dir}/{name}")[2]:
-            shards.append({"file": name, "split": SHARD_NAME.search(name)[1]})
+    tokenizers = set()
+    for name in sorted(os.listdir(data_dir)):
+        match = SHARD_NAME.search(name)
+        tokenizer = "gpt2"
+        if name.endswith(".ds"):
+            if not match:
+                raise UserError(f"{data_dir}/{name}: {hint}; set save_filename= in datatrove")
+            path = f"{data_dir}/{name}"
+            tokenizer, _, count = read_ds_metadata(path)
+            if not count and not os.path.getsize(path):
+                continue  # of a task that had no documents
+        if match:
+            shards.append({"file": name, "split": match[1]})
+            tokenizers.add(tokenizer)
+    if not shards:
+        raise UserError(f"{data_dir}: {hint}; no file here is named like that and has tokens")
     # build-nanogpt's .npy shards are of FineWeb-Edu.
-    is_npy = names[0].endswith(".npy")
+    is_npy = shards[0]["file"].endswith(".npy")
     dataset = "fineweb-edu" if is_npy else os.path.basename(os.path.abspath(data_dir))
-    tokenizer = ds_tokenizer(data_dir, names[0]) if names[0].endswith(".ds") else "gpt2"
+    tokenizer = find_tokenizer(data_dir, tokenizers)
     return {"dataset": dataset, "tokenizer": tokenizer, "complete": True, "shards": shards}
 
 
-def ds_tokenizer(data_dir, file):
-    """The tokenizer of a folder with a .ds file, for load_tokenizer."""
-    if os.path.exists(f"{data_dir}/tokenizer.json"):
-        return "tokenizer.json"
-    name, _, _ = read_ds_metadata(f"{data_dir}/{file}")
-    if os.path.basename(name) != "gpt2":  # gpt2 or openai-community/gpt2
-        raise UserError(f"{data_dir}: has the tokens of {name}: put its tokenizer.json there")
-    return "gpt2"
+def find_tokenizer(data_dir, names):
+    """The tokenizer of a folder without meta.json: "gpt2", or its tokenizer.json.
+
+    names: what the files call their tokenizers, a set.
+    """
+    # A run has one tokenizer.
+    if len(names) > 1:
+        found = " and of ".join(sorted(names))
+        raise UserError(f"{data_dir}: holds tokens of {found}: put them into separate folders")
+    (name,) = names
+    if os.path.basename(name) == "gpt2":  # gpt2 or openai-community/gpt2
+        return "gpt2"
+    if not os.path.exists(f"{data_dir}/tokenizer.json"):
+        # It could be fetched from the hub, but its name may be a path on another machine.
+        raise UserError(
+            f"{data_dir}: holds tokens of {name}: copy its tokenizer.json into this folder"
+        )
+    return "tokenizer.json"
 
 
 class Shards:

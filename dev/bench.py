@@ -5,10 +5,10 @@
     python dev/bench.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt --gguf=gpt2.gguf
 
 Prints one table of ratios. Each contender runs in its own process, with the same weights and work
-(except --preset=modern, which is another model), and takes turns with ours: a ratio compares
-medians of the same minutes, after two warm-ups. transformers, lm_eval, llama.cpp, CTranslate2 and
-gigatoken are included if they are installed, and so is the FLOP/s of a large matrix product, in
-tokens.
+(except --preset=modern, which is another model, and --gguf=, whose weights are its own), and takes
+turns with ours: a ratio compares medians of the same minutes, after two warm-ups. transformers,
+lm_eval, llama.cpp and CTranslate2 are included if they are installed. So is the FLOP/s of a large
+matrix product, in tokens.
 """
 
 import ast
@@ -50,6 +50,7 @@ from model import GPT, GPTConfig
 import sample
 from scoring import score_completions
 from script import UserError, num_cpus, run_as_script
+from sweep import describe_commit
 import train_gpt2
 from training.optimizers import configure_optimizers
 
@@ -80,6 +81,7 @@ scratch = ""  # a folder to work in; empty: a temporary one
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCAB = 50257
+measured_process = resource.RUSAGE_SELF  # whose memory a contender's is
 
 
 def new_model(**parts):
@@ -171,10 +173,10 @@ def sample_transformers():
     model = transformers_model(pick_dtype(dtype, device)).eval()
     idx = torch.arange(16, device=model.device)[None]
     how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "max_new_tokens": max_new_tokens}
-    tokens = {"pad_token_id": VOCAB - 1, "eos_token_id": None}
+    how |= {"pad_token_id": VOCAB - 1, "eos_token_id": None}
 
     def step():
-        out = model.generate(idx, attention_mask=torch.ones_like(idx), **how, **tokens)
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), **how)
         assert out.size(1) == 16 + max_new_tokens
 
     return step, max_new_tokens
@@ -203,7 +205,7 @@ def sample_ctranslate2(weights):
         special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
         json.dump({"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}, f)
     converter = ctranslate2.converters.TransformersConverter(f"{folder}/hf")
-    converter.convert(f"{folder}/model", quantization=weights)
+    converter.convert(f"{folder}/model", quantization=weights, force=True)
     generator = ctranslate2.Generator(f"{folder}/model", device, intra_threads=num_cpus())
     how = {"sampling_temperature": 0.8, "sampling_topk": 200, "include_prompt_in_result": False}
     length = {"min_length": max_new_tokens, "max_length": max_new_tokens}
@@ -281,7 +283,7 @@ def write_texts(write):
 
 
 def tokenize_ours(engine="auto"):
-    """With gigatoken, if it is installed."""
+    """fineweb.py's engine "auto" is gigatoken, if it is installed."""
     return write_texts(partial(fineweb.write_shards, prefix="bench", engine=engine))
 
 
@@ -303,9 +305,11 @@ def tokenize_pool():
 
 
 def start_ours(num_shards):
-    """The trainer, from Enter to the end of its first step, with shards of 10M zeros (sparse)."""
+    """A whole run of one step, from Enter to its checkpoint, with shards of 10M zeros (sparse)."""
+    global measured_process
+    measured_process = resource.RUSAGE_CHILDREN
     folder = f"{scratch}/{num_shards}"
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     shards = []
     for i in range(num_shards):
         name = f"bench_{'train' if i else 'val'}_{i:06d}.npy"
@@ -314,6 +318,7 @@ def start_ours(num_shards):
     write_meta(folder, {"tokenizer": "bytes", "complete": True, "shards": shards})
     line = ["train_gpt2.py", "--preset=tiny", "--max_steps=1", "--eval_every=0", "--sample_every=0"]
     line += ["--plot_every=0", f"--data_dir={folder}", f"--log_dir={folder}/log"]
+    line += [f"--device={device}"]
     output = subprocess.DEVNULL
     return lambda: subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=output), 1
 
@@ -380,10 +385,7 @@ PARTS = {  # unit, {contender: function}; the first is ours, a limit is the mach
         "ours, --engine=tiktoken": partial(tokenize_ours, "tiktoken"),
         "pool.imap (build-nanogpt)": tokenize_pool,
     }),
-    "start": ("runs", {
-        "ours, 2 shards": partial(start_ours, 2),
-        "ours, 10,000 shards": partial(start_ours, 10_000),
-    }),
+    "start": ("runs", {"2 shards": partial(start_ours, 2), "10,000": partial(start_ours, 10_000)}),
 }  # fmt: skip
 
 
@@ -406,8 +408,7 @@ def time_once():
         return time.perf_counter() - start, torch.cuda.max_memory_allocated()
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds, (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss or ours) * unit
+    return seconds, resource.getrusage(measured_process).ru_maxrss * unit
 
 
 class Contender:
@@ -443,7 +444,7 @@ def start_contender(part, name):
 
 
 def format_rate(rate, unit):
-    digits = 2 if rate < 1 else 1 if rate < 100 else 0
+    digits = 1 if rate < 100 else 0
     return f"{rate:,.{digits}f} {unit}/s"
 
 
@@ -467,7 +468,9 @@ def compare(part):
         ratio = ours.rate() / theirs.rate()
         rates = [format_rate(x.rate(), unit) for x in (ours, theirs)]
         peaks = (ours.peak_gb(), theirs.peak_gb())
-        memory = f"{peaks[0]:.1f} / {peaks[1]:.1f} GB = {peaks[0] / peaks[1]:.2f}"
+        memory = f"{peaks[0]:.1f} / {peaks[1]:.1f} GB"
+        if all(peaks):  # on a GPU, 0 for what does not use torch there
+            memory += f" = {peaks[0] / peaks[1]:.2f}"
         row = f"| {part} | {rates[0]} | {name} | {rates[1]} | **{ratio:.2f}** | {memory} |"
         print(row, flush=True)
 
@@ -481,9 +484,7 @@ def main():
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     precision, size = str(pick_dtype(dtype, device))[6:], new_model().num_params() / 1e6
-    line = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(line, capture_output=True, text=True).stdout.strip() or "unknown"
-    print(f"{time.strftime('%Y-%m-%d')}, commit {commit}, torch {torch.__version__}")
+    print(f"{time.strftime('%Y-%m-%d')}, {describe_commit()}, torch {torch.__version__}")
     print(f"{name}, {precision}")
     print(f"{size:.0f}M parameters, training on {B} x {T} tokens, medians of {rounds} turns\n")
     print("| what | ours | beside it | theirs | ratio | peak memory |\n|---|---|---|---|---|---|")

@@ -386,7 +386,7 @@ def test_datatrove_with_another_tokenizer(run, tmp_path):
     for name, content in datatrove("000_train.ds", ids, "owner/name").items():
         (tmp_path / name).write_bytes(content)
     line = [*SMALL, "--data_dir=x", "--eval_every=0"]
-    with pytest.raises(SystemExit, match=r"x: has the tokens of owner/name: put its tokenizer\.js"):
+    with pytest.raises(SystemExit, match=r"x: holds tokens of owner/name: copy its tokenizer\."):
         run("train_gpt2.py", *line)
     content = json.dumps(to_tokenizer_json(load_tokenizer("bytes")))
     (tmp_path / "tokenizer.json").write_text(content)
@@ -397,9 +397,34 @@ def test_datatrove_with_another_tokenizer(run, tmp_path):
         (tmp_path / "000_train.ds.metadata").unlink,
     ):
         change()
-        with pytest.raises(UserError, match=r"is cut short|cannot be read") as e:
+        with pytest.raises(UserError, match=r"says; make it again|cannot be read") as e:
             Shards("x")
         assert str(e.value).startswith("x/000_train.ds")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["retrieval_00000.ds", "train.bin"], r"x/retrieval_00000\.ds: shards are named"),
+        (["00000_doc_shuffled.ds"], r"; set save_filename= in datatrove"),
+        (["train_0.ds"], "cannot be read"),
+        (["train.bin", "val_0.ds owner/name"], "tokens of gpt2 and of owner/name: put them into"),
+        (
+            ["train_0.ds "],
+            r"x: shards are named .*; no file here is named like that and has tokens",
+        ),
+    ],
+)
+def test_folders_of_datatrove_that_are_refused(tmp_path, monkeypatch, files, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name, space, tokenizer in (file.partition(" ") for file in files):
+        tokens = made_up(0) if tokenizer or not space else made_up(0)[:0]
+        contents = datatrove(name, tokens, tokenizer or "gpt2")
+        for file, content in contents.items() if space else [(name, tokens.tobytes())]:
+            (tmp_path / "x" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Shards("x")
 
 
 def test_nanogpts_characters(run, tmp_path, gpt2):

@@ -1,11 +1,11 @@
-"""The presets of train_gpt2.py: the settings that a size of model, or a recipe, changes.
+"""The presets of train_gpt2.py: the settings that each model size or recipe changes.
 
     python train_gpt2.py --preset=modern
 
 Nothing here imports torch, so that --help answers at once.
 """
 
-# NanoChat, with the recipe of modded-nanogpt and nanochat; README.md has the sources.
+# NanoChat, with the recipe of modded-nanogpt and nanochat; docs/modern.md has the sources.
 MODERN = {
     "pos": "rope", "norm": "rmsnorm_noaffine", "mlp": "relu2", "qk_norm": True, "bias": False,
     "embd_norm": True, "softcap": 15.0, "zero_init": True, "tie_embeddings": False,

@@ -66,8 +66,8 @@ def scale_max_lr(s, n_embd):
     """The max_lr of a preset, whose settings are s, for a model of the width n_embd.
 
     With Muon it is proportional to n_embd^-0.5, as nanochat scales AdamW's rates. Search found 7e-3
-    for a width of 192 and 5e-3 for 384, where 3.6e-3 at 768 becomes 7.2e-3 and 5.1e-3 (6 layers,
-    dev/LOG.md). The other presets have GPT-3's table instead.
+    for a width of 192 and 5e-3 for 384; the rule, with 3.6e-3 at 768, gives 7.2e-3 and 5.1e-3 (6
+    layers, dev/LOG.md). The other presets have GPT-3's table instead.
     """
     if not OPTIMIZERS[s["optimizer"]].scales_with_size:
         return s["max_lr"]

@@ -1,7 +1,7 @@
 """The settings of a run, from a preset or from the run that is resumed; and checks of them.
 
-Settings are dicts, {name: value}. overrides are those on the command line, presets the trainer's
-PRESETS; preset_settings(name) returns all settings of the trainer's file with those of a preset.
+Settings are dicts, {name: value}. overrides are those on the command line; preset_settings(name)
+returns all settings of the trainer's file with those of a preset.
 """
 
 import os
@@ -13,6 +13,7 @@ from data.shards import has_shards
 from script import UserError
 from training.checkpoint import COMMAND_SETTINGS, load_resume
 from training.optimizers import OPTIMIZERS
+from training.presets import PRESETS
 from training.schedule import check_schedule, rescale_schedule, scale_max_lr
 
 DEMO_DIR = "demo_data"
@@ -24,13 +25,13 @@ SCHEDULES = ("cosine", "wsd")
 MINIMUM = {"plot_every": -1, "resume_step": -1, **dict.fromkeys(AT_LEAST_1, 1)}
 
 
-def resolve_settings(overrides, presets, preset_settings, immutable):
+def resolve_settings(overrides, preset_settings, immutable):
     """All settings of a command: those of the resumed run or of a preset, and then the overrides.
 
     immutable: the names of settings that a resumed run cannot change.
     """
     name = overrides.get("preset", "auto")
-    check_choice("preset", name, ("auto", *presets))
+    check_choice("preset", name, ("auto", *PRESETS))
     merged = {**preset_settings("gpt2"), **overrides}
     # A resumed run has its own settings.
     if merged["resume"] or merged["resume_step"] >= 0:
