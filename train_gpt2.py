@@ -62,6 +62,7 @@ eval_only = False  # print the validation loss of ckpt, and stop
 ckpt = "latest"  # with eval_only, the model: latest, best, or one of the forms of init_from
 seed = 1337  # seed of the weights and of the order of the data
 # model
+depth = 0  # with --preset=modern, one dial for size, batch and length: the number of blocks; 0: off
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads per block; n_embd / 64 in GPT-2
 n_embd = 768  # width of the model
@@ -123,7 +124,13 @@ EVALS = (hellaswag, ewok)  # evals.py says what they need
 # The settings that are fields of GPTConfig; the other two come from T and from the tokenizer.
 NOT_SETTINGS = ("block_size", "vocab_size")
 MODEL_KEYS = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in NOT_SETTINGS]
-IMMUTABLE = ["preset", *MODEL_KEYS, "optimizer", "init_from"]  # a resumed run cannot change these
+IMMUTABLE = [
+    "preset",
+    "depth",
+    *MODEL_KEYS,
+    "optimizer",
+    "init_from",
+]  # a resumed run cannot change these
 
 
 # -- before the first step ----------------------------------------------------------
@@ -197,7 +204,11 @@ def print_summary(setup, run, compute_dtype):
     print0(describe_schedule(run.settings, run.rewarm_from))
     grad_accum_steps = total_batch_size // (setup.B * T * setup.world_size)
     shape = f"{grad_accum_steps} x {setup.B} x {T} on each device"
-    print0(f"{total_batch_size:,} tokens per step ({shape})")
+    tokens = max_steps * total_batch_size
+    flops = tokens * setup.model.flops_per_token(T)
+    print0(
+        f"{total_batch_size:,} tokens per step ({shape}), {tokens:.3g} in all, {flops:.2g} FLOPs"
+    )
     for line in setup.loader.describe(total_batch_size // T):
         print0(line)
 

@@ -215,6 +215,57 @@ def test_a_run_of_no_steps_goes_on(run, shards, tmp_path):
     assert len(read_log(tmp_path / "log", "train")) == 22
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        # depth 12 is the preset, with 20 tokens for each of 85M + 38.6M parameters
+        (["--depth=12"], (12, 768, 6, 524_288, 4712, 3.6e-3)),
+        (["--depth=8"], (8, 512, 4, 524_288, 1941, 4.41e-3)),
+        (["--depth=5"], (5, 384, 3, 262_144, 2147, 5.09e-3)),
+        (["--depth=3"], (3, 192, 3, 262_144, 837, 7.2e-3)),
+        (["--depth=8", "--total_batch_size=65536"], (8, 512, 4, 65_536, 15_532, 4.41e-3)),
+        (["--depth=8", "--n_embd=256", "--max_steps=9"], (8, 256, 2, 262_144, 9, 6.24e-3)),
+        (["--depth=8", "--n_layer=2", "--max_lr=1"], (2, 512, 4, 262_144, 2443, 1.0)),
+    ],
+)
+def test_one_dial(args, expected):
+    import configurator
+    import train_gpt2
+
+    overrides = configurator.parse_command_line(
+        ["--preset=modern", "--data_dir=x", *args], configurator.read_settings(train_gpt2.__file__)
+    )
+    s = train_gpt2.initial_settings(overrides)
+    keys = ("n_layer", "n_embd", "n_head", "total_batch_size", "max_steps", "max_lr")
+    assert tuple(s[key] for key in keys) == expected
+    total = s["total_batch_size"] * s["max_steps"]
+    if "--max_steps=9" not in args:
+        parameters = 12 * s["n_layer"] * s["n_embd"] ** 2 + 50_257 * s["n_embd"]
+        assert total == pytest.approx(20 * parameters, rel=1e-3)
+
+
+def test_a_run_with_a_depth(run, shards):
+    """The vocabulary is that of the shards; what a run prints before it starts; resumed."""
+    args = ["--preset=modern", "--depth=2", "--data_dir=shards", "--T=32", "--B=4"]
+    args += ["--dtype=float32", "--eval_every=0", "--sample_every=0", "--hellaswag_every=0"]
+    args += ["--ewok_every=0", "--total_batch_size=128"]
+    # 20 tokens for each of 2 blocks' and the output layer's parameters
+    length = 20 * (12 * 2 * 128**2 + 257 * 128) // 128
+    with pytest.raises(SystemExit, match=f"--warmup_steps={length + 1}: more than"):
+        run("train_gpt2.py", *args, f"--warmup_steps={length + 1}", "--schedule=cosine")
+    out = run("train_gpt2.py", *args, "--max_steps=2")
+    assert "0.46M parameters" in out and "; max_lr 0.00882," in out
+    flops = 256 * (6 * (12 * 2 * 128**2 + 257 * 128) + 12 * 2 * 128 * 32)
+    line = "128 tokens per step (1 x 4 x 32 on each device), 256 in all, "
+    assert f"{line}{flops:.2g} FLOPs" in out
+    with pytest.raises(SystemExit, match=r"--depth=3: the run to resume has 2; leave it out"):
+        run("train_gpt2.py", "--resume", "--depth=3")
+    with pytest.raises(SystemExit, match=r"--depth=2: needs --preset=modern$"):
+        run("train_gpt2.py", "--depth=2", "--data_dir=shards", "--log_dir=other")
+    with pytest.raises(SystemExit, match=r"--depth=-1: must be at least 0$"):
+        run("train_gpt2.py", "--depth=-1", "--data_dir=shards", "--log_dir=other")
+
+
 def test_a_resumed_run_keeps_its_learning_rate(run, shards):
     """Runs of other widths started at 0.0036 before the rate followed n_embd."""
     args = """--preset=modern --data_dir=shards --n_layer=1 --n_head=1 --n_embd=32 --T=32 --B=4

@@ -4,12 +4,13 @@ Settings are dicts, {name: value}. overrides are those on the command line; pres
 returns all settings of the trainer's file with those of a preset.
 """
 
+import math
 import os
 import shlex
 
 from configurator import check_choice, check_min
 from data.loader import parse_mixture
-from data.shards import has_shards
+from data.shards import has_shards, read_meta
 from script import UserError
 from training.checkpoint import COMMAND_SETTINGS, load_resume
 from training.optimizers import OPTIMIZERS
@@ -52,14 +53,47 @@ def resolve_settings(overrides, preset_settings, immutable):
         saved = load_resume(merged["log_dir"], mmap=True)
         if saved:
             settings["data_dir"] = saved["settings"]["data_dir"]
+    # One dial sets the size, the batch and the length.
+    plan = {}
+    if merged["depth"] > 0:
+        if name != "modern":
+            raise UserError(f"--depth={merged['depth']}: needs --preset=modern")
+        plan = plan_run({**settings, **overrides}, overrides)
     # Warmup, cooldown and weight decay scale with max_steps, the learning rate with the width.
     settings["optimizer"] = overrides.get("optimizer", settings["optimizer"])
     check_choice("optimizer", settings["optimizer"], tuple(OPTIMIZERS))
-    n_embd = overrides.get("n_embd", settings["n_embd"])
-    settings["max_lr"] = scale_max_lr(settings, n_embd)
-    max_steps = overrides.get("max_steps", settings["max_steps"])
-    rescaled = rescale_schedule(settings, max_steps, overrides)
-    return {**settings, **rescaled, **overrides, "preset": name}
+    target = {**settings, **plan, **overrides}
+    settings["max_lr"] = scale_max_lr(settings, target["n_embd"])
+    rescaled = rescale_schedule(settings, target["max_steps"], overrides)
+    return {**settings, **plan, **rescaled, **overrides, "preset": name}
+
+
+def plan_run(settings, overrides):
+    """The size, batch and length of a run of `modern` with settings["depth"] blocks.
+
+    Width 64 per block and heads of 128, as in nanochat (of 64 below a width of 256). 20 tokens per
+    parameter (https://arxiv.org/abs/2203.15556) of the blocks' matrices and the output layer, the
+    parameters whose scaling law is cleanest in nanochat. The batch grows with tokens^0.383
+    (https://arxiv.org/abs/2505.13738) from 524,288 tokens at depth 12. overrides come first.
+    """
+    folder = next(iter(parse_mixture(settings["data_dir"])))
+    vocab_size = (read_meta(folder) or {}).get("vocab_size", 50257)
+
+    def size(depth, n_embd=None):
+        head_size = 64 if (n_embd or 64 * depth) < 256 else 128
+        n_embd = n_embd or math.ceil(64 * depth / head_size) * head_size
+        return {"n_layer": depth, "n_embd": n_embd, "n_head": max(1, n_embd // head_size)}
+
+    def count_tokens(s):
+        return 20 * (12 * s["n_layer"] * s["n_embd"] ** 2 + vocab_size * s["n_embd"])
+
+    # The batch of a shorter run is smaller, relative to that of `modern`.
+    plan = {**size(settings["depth"], overrides.get("n_embd")), **overrides}
+    tokens = count_tokens(plan)
+    batch = 524_288 * (tokens / count_tokens(size(12))) ** 0.383
+    plan.setdefault("total_batch_size", 2 ** round(math.log2(batch)))
+    plan.setdefault("max_steps", tokens // max(1, plan["total_batch_size"]))
+    return plan
 
 
 def resumed_settings(saved, overrides, preset_settings, immutable):
