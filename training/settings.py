@@ -89,7 +89,7 @@ def plan_run(settings, overrides):
 
     # The batch of a shorter run is smaller, relative to that of `modern`.
     plan = {**size(settings["depth"], overrides.get("n_embd")), **overrides}
-    tokens = count_tokens(plan)
+    tokens = max(1, count_tokens(plan))
     batch = 524_288 * (tokens / count_tokens(size(12))) ** 0.383
     plan.setdefault("total_batch_size", 2 ** round(math.log2(batch)))
     plan.setdefault("max_steps", tokens // max(1, plan["total_batch_size"]))
