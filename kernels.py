@@ -128,9 +128,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(softcap_logits(x @ weight.T), targets), some rows at a time.
 
     The full logits would be by far the largest tensors of a small model. Each chunk's gradients are
-    computed while its logits exist, as in Liger Kernel (https://arxiv.org/abs/2410.10989). torch
-    2.13's F.linear_cross_entropy is not equal: it returns a bfloat16 loss, has no softcap and
-    breaks the torch.compile graph.
+    computed while its logits exist, as in Liger Kernel (https://arxiv.org/abs/2410.10989), so
+    forward() computes the gradient of the summed loss, and backward() only scales it. Gradients are
+    always off inside forward(): the caller says whether they are wanted. torch 2.13's
+    F.linear_cross_entropy is not equal: it returns a bfloat16 loss, has no softcap and breaks the
+    torch.compile graph.
     """
 
     @staticmethod

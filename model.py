@@ -135,7 +135,10 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = new_norm(config, head_size)
 
     def forward(self, x, cache=None, pos=0, mask=None, cos_sin=None):
-        """x (B, T, C) -> (B, T, C). See GPT.hidden for the other arguments."""
+        """x (B, T, C) -> (B, T, C); mask: bool, (B, 1, T, T); cos_sin: what rope_cos_sin() returns.
+
+        cache (2, B, nh, max_len, hs): keys and values of `pos` earlier tokens, with room for these.
+        """
         # nh is the number of heads, hs = C / nh the size of a head.
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -211,9 +214,7 @@ class Block(nn.Module):
 
 # -- the model ----------------------------------------------------------------------
 class SkipInit(TorchFunctionMode):
-    """Inside, torch.nn.init leaves tensors as they are: for tensors without memory it would first
-    import torch's compiler, which takes a second.
-    """
+    """torch.nn.init does nothing inside: on meta tensors it imports torch's compiler, a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -319,7 +320,7 @@ class GPT(nn.Module):
         The loss is the mean cross-entropy in nats over the targets that are not -1 (a scalar,
         float32). Without gradients, with_accuracy returns (loss, next-token accuracy).
         """
-        x = GPT.hidden(self, idx)  # not self.hidden, which FSDP wraps for calls from outside
+        x = GPT.hidden(self, idx)  # FSDP wraps self.hidden for other callers, see apply_fsdp()
         if targets is None:
             return GPT.logits(self, x)
         # Autocast does not reach into a function with a backward pass of its own.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class Row:
-    """A context and the completions that follow it, {tokens: indices of the pairs with them}."""
+    """A context and the completions that follow it, {tokens: indices of the pairs they are of}."""
 
     def __init__(self, context):
         self.context = context
@@ -51,7 +51,7 @@ class Batch:
     tokens, positions, segments   (B, T); the segment of a context is 0, of its k-th completion k
     predictors, targets           lists of N: an index into the flattened (B, T), and the token that
                                   the model predicts there
-    slices                        (pairs, slice): the targets of a completion, and the pairs with it
+    slices                        (pair_ids, slice): the targets of a completion, and whose it is
     """
 
     def __init__(self, rows):
@@ -65,7 +65,7 @@ class Batch:
             self.tokens[b, :n] = row.context
             self.positions[b, :n] = range(n)
             end = n
-            for k, (completion, pairs) in enumerate(row.completions.items(), start=1):
+            for k, (completion, pair_ids) in enumerate(row.completions.items(), start=1):
                 # Its last token is not read. Each completion continues the context's positions.
                 start = end
                 end = start + len(completion) - 1
@@ -76,7 +76,7 @@ class Batch:
                 first_target = len(self.targets)
                 self.predictors += [b * T + n - 1, *range(b * T + start, b * T + end)]
                 self.targets += completion
-                self.slices.append((pairs, slice(first_target, len(self.targets))))
+                self.slices.append((pair_ids, slice(first_target, len(self.targets))))
 
 
 @eager_mode()
@@ -106,8 +106,8 @@ def score_completions(model, pairs, batch_tokens=0):
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     for batch, losses in results:
         losses = losses.cpu().double()  # .cpu() first, since MPS has no float64
-        for indices, targets in batch.slices:
-            for i in indices:  # the same pair can be in a batch several times
+        for pair_ids, targets in batch.slices:
+            for i in pair_ids:  # the same pair can be in a batch several times
                 sums[i] -= losses[targets].sum()
     counts = torch.tensor([len(completion) for _, completion in pairs])
     return sums, counts

@@ -11,8 +11,8 @@
 The defaults are build-nanogpt's run: GPT-2 124M, 0.5M tokens per step, GPT-3's schedule. Writes
 log/: log.txt ("<step> <kind> <value>" lines), metrics.jsonl (everything else), model_<step>.pt (the
 model) and resume.pt (what only training needs). The tokens of a step are the same for any number of
-processes and any B, see data/loader.py. Step s is logged before its update: model_00250.pt has had
-250 updates, and `250 val` is its loss.
+processes and any B, see data/loader.py. A loss logged for step s is that of the weights after s
+updates: `250 val` is the loss of model_00250.pt.
 """
 
 import collections
@@ -48,6 +48,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 # -- settings: override any with --key=value --------------------------------------
+# configure() sets these globals before main(). run.settings is a copy of them, for checkpoints and
+# other files; in it B is the micro-batch that fits, and the architecture is that of loaded weights.
 # what most people change
 preset = "auto"  # tiny, gpt2, modern, gpt2-medium, -large, -xl; auto: gpt2 if data_dir has shards
 data_dir = "edu_fineweb10B"  # the folder of token shards; a mixture of folders is a:0.7,b:0.3
@@ -83,7 +85,7 @@ optimizer = "adamw"  # adamw, or muon for the matrices of the blocks (with AdamW
 schedule = "cosine"  # cosine, or wsd: max_lr, then a cooldown to min_lr
 cooldown_steps = 1900  # length of wsd's cooldown, linear from max_lr to min_lr
 warmup_steps = 715  # length of the warmup; 715 is GPT-3's 375M tokens
-max_lr = 6e-4  # highest learning rate (GPT-3 124M's); with muon it is scaled by n_embd^-0.5
+max_lr = 6e-4  # highest learning rate (GPT-3 124M's); muon's default is scaled by n_embd^-0.5
 min_lr = 6e-5  # learning rate at the end of the run
 weight_decay = 0.1  # of AdamW's matrices and embeddings, or only of Muon's; more in short runs
 beta1 = 0.9  # decay of AdamW's mean of gradients
@@ -271,7 +273,8 @@ def train_step(setup, run):
         if finite:
             setup.scaler.step(opt)
         opt.zero_grad(set_to_none=True)
-    # float16 only: the scale falls after an overflow, and rises after many good steps.
+    # float16 only: the scale falls after an overflow, and rises after many good steps. Below 1,
+    # something else is wrong.
     old_scale = setup.scaler.get_scale()
     setup.scaler.update()
     new_scale = setup.scaler.get_scale()
@@ -426,11 +429,14 @@ def main(overrides):
 
 def train(setup, run, tasks, context, log, stop, peak_speed):
     """The training loop. A step: the tasks that are due, perhaps a checkpoint, the update."""
-    compile_step = run.step if pick_compile(compile, setup.device) else None  # not worth timing
+    # The first step includes compilation, so it is left out of the ETA.
+    compile_step = run.step if pick_compile(compile, setup.device) else None
     recent_times = collections.defaultdict(lambda: collections.deque(maxlen=20))
     intervals = {kind: every for kind, (every, _) in tasks.items()}
     intervals["save"] = save_every
-    stop_reason = ""  # "finished", "interrupted" or "data_timeout"
+    # With a reason to stop, "finished", "interrupted" or "data_timeout", the rest of a turn only
+    # saves. log.save() does nothing if this state is saved already.
+    stop_reason = ""
     while True:
         val_loss = None
         # 1. Wait until the data of this step is there: fineweb.py may still be writing it.

@@ -1,4 +1,4 @@
-"""Checkpoint files: finding, reading and writing .pt files; reading those of nanoGPT as well.
+"""Checkpoint files: finding and reading .pt files, those of nanoGPT as well; how tensors are saved.
 
 log/model_00250.pt is {"model", "config", "step", "val_loss", "settings", "tokenizer"}: a model
 after 250 updates. All .pt files hold plain tensors, numbers, strings, lists and dicts only, so that

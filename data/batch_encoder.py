@@ -56,7 +56,8 @@ def encode_documents(texts, enc, encode_text):
             parts.append(eot)
         parts.append(text)
     ids = encode_text(eot[:0].join(parts))
-    if np.count_nonzero(ids == enc.eot_token) == len(parts) - len(texts):
+    num_added = len(parts) - len(texts)
+    if np.count_nonzero(ids == enc.eot_token) == num_added:
         return ids
     # A text contains a literal <|endoftext|>, which must not become a token: text by text.
     arrays = []

@@ -7,6 +7,9 @@ another, shuffled from the second epoch on. From then on the windows also start 
 
 A mixture of folders ("edu_fineweb10B:0.7,openwebtext:0.3") takes its sequences from them in a fixed
 pattern of these proportions, each folder in its own order.
+
+A step's batches come from BatchReader (micro_batch.py), which asks MixtureLoader for sequences.
+That asks a ShardLoader for each folder, which reads from Shards (shards.py), the folder's files.
 """
 
 import contextlib
@@ -23,7 +26,10 @@ import numpy as np
 
 
 def permutation(n, *key):
-    """A random order of range(n), the same on every machine: sorts n raw draws of a PCG64(key)."""
+    """A random order of range(n), the same on every machine: sorts n raw draws of a PCG64(key).
+
+    The last number of a key keeps the random streams of this file apart.
+    """
     return np.random.PCG64(key).random_raw(n).argsort(kind="stable")
 
 
@@ -45,6 +51,7 @@ class ShardLoader:
         counts = [max(0, size - 1) // self.T for _, size in self.shards.train]
         self.windows_per_shard = np.array(counts, dtype=np.int64)
         self.windows_per_epoch = sum(counts)
+        # Made anew, since the list of shards may have grown.
         self._shard_order = functools.lru_cache(maxsize=2)(self._shuffle_shards)
         if not self.windows_per_epoch and self.shards.complete:
             raise UserError(
@@ -116,7 +123,7 @@ class ShardLoader:
         return epoch, shard, int(start)
 
     def shards_before(self, n):
-        """How many of the shards the sequences before n read: the first ones."""
+        """The number of shards, in the order of the files, that sequences [0, n) read."""
         # From the second epoch on, all of them.
         if n >= self.windows_per_epoch:
             return len(self.windows_per_shard)

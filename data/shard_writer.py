@@ -44,12 +44,16 @@ class ShardWriter:
 
     Of the stream, tokens [0, flushed) are in shards (the last one may still be on its way to the
     disk), and tokens [flushed, received) are in `pending`. `state` is the position of the stream's
-    source after `received` tokens.
+    source after `received` tokens. With shards of 100 tokens, after add() of 60, 60 and 60:
+
+        received   60 120 180
+        flushed     0 100 100        the first shard was full within the second add()
 
     If out_dir holds the start of the same set, it is continued: the caller continues the stream at
-    `received`, with the source at `state`. Then `received` can be less than `flushed`: those tokens
-    are compared with the last shard. Raises UserError if they differ, or if the shards were made
-    with other settings (`about`, which meta.json stores).
+    `received`, with the source at `state`. A source can only continue where an add() started, so
+    `received` can be less than `flushed`: 60 and 100, if the command above was killed at 120. The
+    40 tokens that come twice are compared with the last shard. Raises UserError if they differ, or
+    if the shards were made with other settings (`about`, which meta.json stores).
     """
 
     def __init__(self, out_dir, prefix, enc, shard_size, about, val_tokens=0):

@@ -36,7 +36,6 @@ def list_token_shards(repository, max_tokens):
             f"cannot reach {repository} on the hub ({type(e).__name__}): go online, or try again "
             "later"
         )
-    # Validation shards first: training needs both kinds to start.
     names = [name for name in sizes if name.endswith(".bin")]
     # Validation first: training needs it from the start, and the other shards in order.
     names.sort(key=lambda name: ("val" not in name, name))

@@ -36,7 +36,7 @@ class ToySGD(torch.optim.SGD):
     scales_with_size = False
 
     @classmethod
-    def configure(cls, model, lr, weight_decay, betas):
+    def configure(cls, model, weight_decay, lr, betas):
         return [cls(model.parameters(), lr=lr, momentum=0.9)]
 
     @staticmethod

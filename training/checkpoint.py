@@ -1,7 +1,8 @@
-"""The training state: what resume.pt holds, how it is written, and what a resumed run may change.
+"""The training state: what resume.pt holds, how it is read, and what a resumed run may change.
 
 resume.pt has what only training needs: the fields of a Run, the states of "optimizers" and
 "scaler", and the validation losses of "checkpoints". weights.py has the model files next to it.
+LogDir.save() in logdir.py writes both.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def full_state_dicts(model, optimizers):
         if hasattr(optimizer, "consolidate_state"):
             optimizer.consolidate_state()
         state = {"state": {}, "param_groups": []}
-        if optimizer.state:  # before the first update torch would take a step to make it
+        if optimizer.state:  # if it is empty, torch would call optimizer.step() to fill it
             state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
         states.append(state)
     # With FSDP, tied weights arrive as two tensors.
@@ -204,7 +205,8 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
             raise UserError(
                 f"{folder}: not the same shards: the run in {log_dir} needs those that it has read"
             )
-        # New shards may follow in the first epoch only: later ones shuffle all shards.
+        # New shards may follow, as when fineweb.py goes on, but only in the first epoch: later
+        # ones shuffle all shards.
         old_windows = sum(max(0, size - 1) // loader.T for _, size, *_ in old)
         if len(new) > len(old) and num_read > old_windows:
             raise UserError(

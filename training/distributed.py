@@ -180,14 +180,16 @@ def broadcast_int(number):
 
 
 def on_all_ranks(function, is_interruptible=False):
-    """Call function() on each rank; an error of one is raised on all. Returns its result.
+    """Call function() on each rank; a UserError of one is raised on all. Returns its result.
 
-    All ranks call it, and function must not communicate. It can fail with a UserError, such as a
-    shard that is gone; then all ranks raise that, and can still save a checkpoint together. With
-    is_interruptible, a signal ends it at once, and then all ranks raise Interrupted.
+    All ranks call it, and function must not communicate. A UserError, such as a shard that is gone,
+    is raised on all ranks, which can still save a checkpoint together. With is_interruptible, a
+    signal ends function() at once, and then all ranks raise Interrupted. Any other error ends its
+    process, and torchrun ends the others.
     """
     error = None
-    # The inner block ends what a signal can interrupt: nothing escapes before all ranks agree.
+    # A signal that arrives after the inner block no longer raises: from there on, all ranks reach
+    # all_true() together.
     try:
         try:
             StopRequests.is_interruptible = is_interruptible

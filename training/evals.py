@@ -1,9 +1,10 @@
 """Periodic measurements during a run: validation loss, evals, samples, tokens read.
 
-train_gpt2.py decides when, and all ranks call these functions. validate, run_eval, write_sample and
+The settings decide when, and all ranks call these functions. validate, run_eval, write_sample and
 write_exposure print and log their result.
 
-An eval is a script like hellaswag.py with
+An eval is a script like hellaswag.py that is in train_gpt2.py's EVALS and has a setting there,
+<script>_every (<script>_limit and <script>_items, if it has them, are passed on). It has
     NAME, KIND             its name, and its kind in log.txt
     MAIN_METRIC            the key of evaluate()'s result that goes to log.txt
     load_items(limit=)     a list

@@ -66,7 +66,7 @@ def parse_record(line):
 
 
 class LogDir:
-    """The log folder. Only rank 0 writes (`writes`); on other ranks every method is a no-op.
+    """The log folder. Only rank 0 writes (`writes`); elsewhere every method but save() is a no-op.
 
     saved: the dict of resume.pt to resume from, None for a fresh start, which moves the files of an
     earlier run to old_1/, old_2/, ...; settings: the trainer's. Raises UserError if another process

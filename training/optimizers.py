@@ -1,7 +1,7 @@
 """AdamW, and Muon for the matrices of the blocks.
 
-Each entry of OPTIMIZERS is a class that provides what the trainer, the checkpoints and the trial of
-the memory need to know about it:
+Each entry of OPTIMIZERS is a class that provides what the trainer, the checkpoints and fit_memory()
+in micro_batch.py need to know about it:
 
 configure(model, weight_decay, lr, betas)   a list of optimizers that together update the model
 hyperparameters_at(step)                    options of its groups that change during a run
@@ -64,6 +64,9 @@ def split_parameters(model, parameters):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with orthogonalized updates: https://kellerjordan.github.io/posts/muon.
 
+    The gradient of a matrix is dominated by a few directions. Orthogonalizing it makes all of its
+    singular values equal, so that rare directions are learned as fast as the common ones.
+
     NorMuon (https://arxiv.org/abs/2510.05491): each neuron's update is then divided by its running
     RMS, and the whole matrix rescaled to its former norm. A neuron is a row or, in a wide matrix, a
     column (nanochat's choice). The RMS of an update is that of AdamW's, about 0.2, so that the same
@@ -96,7 +99,7 @@ class Muon(torch.optim.Optimizer):
             {"params": [b.attn.c_attn.weight for b in blocks], "num_matrices": 3},  # q, k, v
             {"params": [b.mlp.c_fc.weight for b in blocks], "num_matrices": fc_matrices},
             {"params": [b.attn.c_proj.weight for b in blocks]},
-            {"params": [b.mlp.c_proj.weight for b in blocks], "lr_scale": 0.5},
+            {"params": [b.mlp.c_proj.weight for b in blocks], "lr_scale": 0.5},  # docs/modern.md
         ]
         # All other parameters are AdamW's, without weight decay.
         muon_ids = {id(p) for group in groups for p in group["params"]}
@@ -127,7 +130,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         rank, world_size = rank_and_world_size()
         # With DDP each rank has all gradients, and updates its share of the matrices.
-        split = self.split_params()
+        split = self.params_by_rank()
         owner = {p: i % world_size for i, p in enumerate(split)}  # empty with FSDP
         # Matrices of one shape are orthogonalized in one batch.
         by_shape = {}  # {(m, n) with m <= n: the parameters whose matrices are (m, n) or (n, m)}
@@ -174,7 +177,7 @@ class Muon(torch.optim.Optimizer):
             p.add_(shard_like(p, update.flatten(0, 1)), alpha=-group["lr"] * rms)
 
     # -- work split over ranks ----------------------------------------------------------
-    def split_params(self):
+    def params_by_rank(self):
         """The parameters whose updates are split over ranks, the largest first; none with FSDP."""
         if not dist.is_initialized():
             return []
@@ -194,7 +197,7 @@ class Muon(torch.optim.Optimizer):
 
     def consolidate_state(self):
         """Give every rank the state of all parameters, for a checkpoint. All ranks call it."""
-        split = self.split_params()
+        split = self.params_by_rank()
         for p in split:
             if not self.state[p]:
                 self.state[p].update(self.init_state(p))

@@ -17,7 +17,10 @@ from training.optimizers import OPTIMIZERS
 
 
 def get_lr(s, step, rewarm_from=None):
-    """The learning rate of a step; rewarm_from: see extend_run()."""
+    """The learning rate of a step.
+
+    rewarm_from: [step, learning rate] where the run was made longer, or None, see extend_run().
+    """
     max_steps = s["max_steps"]
     # 1. Linear warmup: the first step has a rate above 0.
     if step < s["warmup_steps"]:

@@ -29,7 +29,8 @@ MINIMUM = {"plot_every": -1, "resume_step": -1, **dict.fromkeys(AT_LEAST_1, 1)}
 def resolve_settings(overrides, preset_settings, immutable):
     """All settings of a command: those of the resumed run or of a preset, and then the overrides.
 
-    immutable: the names of settings that a resumed run cannot change.
+    Later ones win: the trainer's defaults, the preset, what --depth and other scaling make of it,
+    the command line. immutable: the names of settings that a resumed run cannot change.
     """
     name = overrides.get("preset", "auto")
     check_choice("preset", name, ("auto", *PRESETS))
@@ -136,8 +137,8 @@ def resumed_settings(saved, overrides, preset_settings, immutable):
             f"the defaults in train_gpt2.py have changed: pass {new}, or {keep} to keep the run's"
         )
 
-    # Another length: if the run has no proportions to keep, the preset's, or else only the cooldown
-    # changes, since the warmup is over or under way.
+    # Another length. A run of 0 steps gets the schedule of its preset. In any other run, only the
+    # cooldown changes, since the warmup is over or under way.
     max_steps = overrides.get("max_steps", settings["max_steps"])
     if settings["max_steps"] == 0:
         settings.update(rescale_schedule(defaults, max_steps, overrides))
