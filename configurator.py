@@ -268,6 +268,7 @@ def check_command_line(path, presets=None):
     """
     settings = read_settings(path)
     args = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
+    wants_help = len(args) < len(sys.argv) - 1
     with run_as_script():
         overrides = parse_command_line(args, settings)
         # Help shows a preset's values, before the trainer scales them to max_steps and n_embd.
@@ -276,8 +277,7 @@ def check_command_line(path, presets=None):
             preset = overrides.get("preset", "auto")
             check_choice("preset", preset, ("auto", *presets))
             values.update(presets.get(preset, {}))
-        # All is well, and no help is wanted.
-        if len(args) == len(sys.argv) - 1:
+        if not wants_help:
             return
         if is_rank_0():
             print_help(path, settings, {**values, **overrides})

@@ -53,7 +53,7 @@ def tokenizer_json(enc):
     # Both libraries must make the same tokens of a difficult text.
     text = json.dumps(to_tokenizer_json(enc), ensure_ascii=False)
     probe = PROBE + "".join(sorted(enc.special_tokens_set))
-    if Tokenizer.from_str(text).encode(probe).ids != encode(enc, probe, eot=True).tolist():
+    if Tokenizer.from_str(text).encode(probe).ids != encode(enc, probe, allow_eot=True).tolist():
         raise UserError(
             f"the tokenizer {enc.name} cannot be exported: Hugging Face's tokenizers read "
             "its pattern differently; tokenizers from train_tokenizer.py can be exported"

@@ -180,7 +180,7 @@ def evaluate(model, enc, items, style="completion", batch_tokens=0, rank=0, worl
         """Whether the predictions by sum and by normalized sum are correct, 1.0 or 0.0: (N, 2)."""
         predicted = predict(model, enc, [items[i] for i in indices], style, batch_tokens)
         labels = torch.tensor([items[i]["label"] for i in indices])
-        return (torch.tensor(predicted) == labels).double().T
+        return (torch.tensor(predicted) == labels).double().T  # (2, N) == (N,), then (N, 2)
 
     correct = score_on_all_ranks(score, len(items), 2, f"HellaSwag {style}", rank, world_size)
     acc, acc_norm = correct.mean(dim=0).tolist()

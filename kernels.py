@@ -84,7 +84,7 @@ def attention(q, k, v, mask, is_causal):
 
 
 # -- recomputation ------------------------------------------------------------------
-# The outputs that checkpoint_block() saves: of matrix products, and of torch's attention kernels.
+# The outputs that run_block() saves: of matrix products, and of torch's attention kernels.
 OPS_TO_SAVE = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -96,7 +96,7 @@ OPS_TO_SAVE = [
 ]
 
 
-def checkpoint_block(block, x, *args, full=False):
+def run_block(block, x, *args, full=False):
     """block(x, *args), saving less for its backward pass, which computes the rest again.
 
     By default, the outputs of matrix products and attention are saved (selective activation
@@ -157,6 +157,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             target = targets[rows, None].clamp(min=0)
             logits = softcap_logits(x[rows] @ w.t(), softcap)
+            # The derivative of the softcap is 1 - tanh(z)^2, and tanh(z) is logits / softcap.
             dtanh = 1 - (logits / softcap) ** 2 if softcap and with_gradients else None
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1, dtype=torch.float32)

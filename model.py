@@ -21,9 +21,9 @@ from huggingface import OPENAI_MODELS, download_model, read_hugging_face, tokeni
 from kernels import (
     LinearCrossEntropy,
     attention,
-    checkpoint_block,
     layer_norm,
     rms_norm,
+    run_block,
     softcap_logits,
 )
 from script import UserError, is_rank_0
@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig:  # each field but the first two is a setting of train_gpt2.py
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -164,6 +164,7 @@ class CausalSelfAttention(nn.Module):
             q = q.to(cache.dtype)
             if pos > 0 and T > 1:  # several new tokens after a cached prefix: a shifted causal mask
                 mask = torch.ones(T, pos + T, dtype=torch.bool, device=q.device).tril(pos)
+        # A single new token may attend to the whole cache.
         y = attention(q, k, v, mask, is_causal=pos == 0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         # A float32 cache makes y float32.
@@ -290,7 +291,7 @@ class GPT(nn.Module):
         x = self._to_stream_dtype(x)
         for i, block in enumerate(self.transformer.h):
             block_cache = None if cache is None else cache[i]
-            x = checkpoint_block(
+            x = run_block(
                 block, x, block_cache, pos, mask, cos_sin, full=self.activation_checkpointing
             )
         return self.transformer.ln_f(x)

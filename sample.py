@@ -51,7 +51,7 @@ def stream_text(model, enc, prompt, max_new_tokens, num_samples=1, **sampling):
     An empty prompt starts a new document. A sample ends at <|endoftext|>, after which its strings
     are empty, or at max_new_tokens. `sampling` are arguments of sample_token.
     """
-    ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
+    ids = encode(enc, prompt, allow_eot=True).tolist() or [enc.eot_token]
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     # A character can span tokens: the decoder keeps the bytes of an incomplete one.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]

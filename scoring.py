@@ -13,7 +13,11 @@ from torch.nn import functional as F
 
 
 class Row:
-    """A context and the completions that follow it, {tokens: indices of the pairs they are of}."""
+    """A context and the completions that follow it, {tokens: indices of the pairs they are of}.
+
+    For the context a b and the completions c d and e, a row reads the tokens a b c (d and e are
+    only predicted), at the positions 0 1 2, in the segments 0 0 1.
+    """
 
     def __init__(self, context):
         self.context = context

@@ -119,10 +119,10 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has it, else float16 on CUDA, else float32
 compile = "auto"  # torch.compile: true, false, or auto, which means true on CUDA
 fsdp = False  # shard weights, gradients and optimizer over processes, for large models
-activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
+activation_checkpointing = False  # recompute all activations in the backward pass: less memory
 
-# To add an eval: its script here, and the setting <script>_every above.
-EVALS = (hellaswag, ewok)  # evals.py says what they need
+# To add an eval: its script here, and the setting <script>_every above; see training/evals.py.
+EVALS = (hellaswag, ewok)
 # The settings that are fields of GPTConfig; the other two come from T and from the tokenizer.
 NOT_SETTINGS = ("block_size", "vocab_size")
 MODEL_KEYS = [f.name for f in dataclasses.fields(GPTConfig) if f.name not in NOT_SETTINGS]
@@ -149,7 +149,7 @@ def initial_settings(overrides):
 
 @dataclasses.dataclass
 class Setup:
-    """The objects that a training step uses."""
+    """The objects that a training step uses. What resume.pt stores is in a Run."""
 
     model: GPT
     train_model: torch.nn.Module  # computes the gradients of model: model itself, or DDP
@@ -235,8 +235,9 @@ def should_save(run, log):
 def train_step(setup, run):
     """Forward and backward for each micro-batch, then one step of the optimizers.
 
-    Returns {"loss", "lr", "grad_norm", "seconds", "finite"}, and the lower "loss_scale" if float16
-    has overflowed. If the loss or the gradient is not finite, the weights stay as they are.
+    Returns {"loss", "lr", "grad_norm", "seconds"}, with the lower "loss_scale" if float16 has
+    overflowed, and whether loss and gradient are finite. If they are not, the weights stay as they
+    are.
     """
     # Each rank reads its own part of the step's sequences, B at a time.
     start = time.perf_counter()
@@ -247,7 +248,7 @@ def train_step(setup, run):
     # Gradients add up over the micro-batches.
     for micro_step, batch in enumerate(batches):
         batch = batch.to(setup.device, non_blocking=True)  # (B, T + 1)
-        # DDP averages the gradients over ranks in the backward pass of the last micro-batch.
+        # DDP (others ignore this) averages the gradients over ranks in the last backward pass.
         setup.train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with pick_autocast(dtype, setup.device, cache_weights=False):
             loss = setup.train_model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
@@ -280,19 +281,20 @@ def train_step(setup, run):
     new_scale = setup.scaler.get_scale()
     result = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
     result["seconds"] = time.perf_counter() - start
-    result["finite"] = finite
     if math.isfinite(loss) and 1 <= new_scale < old_scale:
         result["loss_scale"] = new_scale
-    return result
+    return result, finite
 
 
-def log_step(result, run, loader, peak_speed, eta, log):
-    """Print and log a step. Raises UserError after max_bad_steps steps that were not finite."""
+def log_step(result, finite, run, loader, peak_speed, eta, log):
+    """Print and log a step; result, finite: what train_step() returned.
+
+    Raises UserError after max_bad_steps steps that were not finite.
+    """
     # The numbers of this step, for metrics.jsonl and the terminal.
     step = run.step
     seq_before = run.tokens // T
     seq_after = (run.tokens + total_batch_size) // T
-    finite = result.pop("finite")
     speed = total_batch_size / result["seconds"]
     result["tokens"] = seq_after * T
     result["epoch"] = loader.epochs(seq_after)
@@ -434,53 +436,56 @@ def train(setup, run, tasks, context, log, stop, peak_speed):
     recent_times = collections.defaultdict(lambda: collections.deque(maxlen=20))
     intervals = {kind: every for kind, (every, _) in tasks.items()}
     intervals["save"] = save_every
-    # With a reason to stop, "finished", "interrupted" or "data_timeout", the rest of a turn only
-    # saves. log.save() does nothing if this state is saved already.
-    stop_reason = ""
+    stop_reason = ""  # "finished", "interrupted" or "data_timeout"
     while True:
         val_loss = None
         # 1. Wait until the data of this step is there: fineweb.py may still be writing it.
-        if not stop_reason and run.step < max_steps:
+        if run.step < max_steps:
             last = (run.tokens + total_batch_size) // T - 1  # the last sequence of this step
             with log.save_before_error(run, setup):
                 stop_reason = distributed.wait_for_data(setup.loader, last, stop, data_timeout)
+            if stop_reason:
+                break
         # 2. A checkpoint, when it is due: before evaluations, in which a run can be killed.
         save_is_due = should_save(run, log)
-        if save_is_due and not stop_reason:
+        if save_is_due:
             log.save(run, setup)
         # 3. Evaluations, samples and plots that are due, with the weights after run.step updates.
-        if not stop_reason and run.evaluated_step != run.step:
+        if run.evaluated_step != run.step:
             with log.save_before_error(run, setup):
                 val_loss, interrupted = evals.run_due_tasks(
                     tasks, context, run, log, stop, recent_times
                 )
             if interrupted:
                 stop_reason = "interrupted"
-        if not stop_reason and run.step == max_steps:
+                break
+        if run.step == max_steps:
             stop_reason = "finished"
-        # The checkpoint gets the validation loss; or the run ends here, and this is its last one.
-        if stop_reason or save_is_due:
+            break
+        # Again, now with the validation loss, and without repeating the evaluations on a resume.
+        if save_is_due:
             log.save(run, setup, val_loss)
             recent_times["save"].append(log.save_seconds)
-            if plot_every < 0 and not stop_reason:
+            if plot_every < 0:
                 log.plot()
-        if stop_reason:
-            break
 
         # 4. The update.
         with log.save_before_error(run, setup):
-            result = train_step(setup, run)
-        if "loss_scale" not in result:  # an overflow is no sign of bad data
-            run.bad_steps = 0 if result["finite"] else run.bad_steps + 1
+            result, is_finite = train_step(setup, run)
+        if "loss_scale" not in result:  # an overflow of float16 is no sign of bad data
+            run.bad_steps = 0 if is_finite else run.bad_steps + 1
         if run.step != compile_step:
             recent_times["train"].append(result["seconds"])
         eta = evals.estimate_eta(run.step, max_steps, intervals, recent_times)
-        log_step(result, run, setup.loader, peak_speed, eta, log)
+        log_step(result, is_finite, run, setup.loader, peak_speed, eta, log)
         # 5. On to the next step, or stop after this one.
         run.step += 1
         run.tokens += total_batch_size
         if stop.any_rank_requested():
             stop_reason = "interrupted"
+            val_loss = None  # it was that of the step before
+            break
+    log.save(run, setup, val_loss)
     setup.reader.close()
     finish(stop_reason, log)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 
 def gigatoken_encoder(enc):
-    """A function that does what encode(enc, text, eot=True) does, with gigatoken; 10 times as fast.
+    """encode(enc, text, allow_eot=True), with gigatoken, as a function of text; 10 times as fast.
 
     It also takes bytes, in UTF-8. None if gigatoken is not installed or does not know the
     tokenizer's pattern.
@@ -35,7 +35,7 @@ def gigatoken_encoder(enc):
             # As a batch, since encode() holds the GIL.
             return np.asarray(fast.encode_batch([text], parallel=False)[0])
         except UnicodeEncodeError:
-            return encode(enc, text, eot=True)
+            return encode(enc, text, allow_eot=True)
 
     return encode_text
 
@@ -75,7 +75,7 @@ def to_str(text):
 def check_same_ids(text, enc, encode_text):
     """Raise UserError if encode_text(), gigatoken's, encodes a text differently from tiktoken."""
     found = encode_text(text)
-    expected = encode(enc, text, eot=True)
+    expected = encode(enc, text, allow_eot=True)
     if np.array_equal(found, expected):
         return
     # Show the place.
@@ -114,7 +114,7 @@ def tokenize(texts, enc, dtype, engine="auto", batch_chars=1 << 20):
         # the speed.
         if not hasattr(local, "enc"):
             local.enc = copy_encoding(enc)
-        encode_text = gigatoken or functools.partial(encode, local.enc, eot=True)
+        encode_text = gigatoken or functools.partial(encode, local.enc, allow_eot=True)
         if gigatoken:
             # It is a young library: compare the start of each batch.
             check_same_ids(to_str(texts[0])[:2000], local.enc, gigatoken)

@@ -28,7 +28,8 @@ import numpy as np
 def permutation(n, *key):
     """A random order of range(n), the same on every machine: sorts n raw draws of a PCG64(key).
 
-    The last number of a key keeps the random streams of this file apart.
+    NumPy promises equal raw draws in all of its versions, but not equal permutations. The last
+    number of a key keeps the random streams of this file apart.
     """
     return np.random.PCG64(key).random_raw(n).argsort(kind="stable")
 
@@ -70,8 +71,8 @@ class ShardLoader:
         starts = offset + self.T * permutation(
             self.windows_per_shard[shard], self.seed, epoch, shard, 2
         )
-        # The offset pushes the last window over the end: it starts at 0 instead, where the offset
-        # has left out tokens.
+        # Shifted by the offset, the last window no longer fits: it starts at 0 instead, and covers
+        # what the shift has left out.
         _, size = self.shards.train[shard]
         starts[starts + self.T + 1 > size] = 0
         return starts

@@ -129,16 +129,16 @@ def split_text(text, size=400_000):
     return [text[i : i + size] for i in range(0, len(text), size)]
 
 
-def encode(enc, text, eot=False):
+def encode(enc, text, allow_eot=False):
     """The token ids of a text, a uint32 array. All scripts encode text with this function.
 
-    <|endoftext|> in the text is a token only with eot; other added tokens always are. A lone
+    <|endoftext|> in the text is a token only with allow_eot; other added tokens always are. A lone
     surrogate becomes "?".
     """
-    patterns = added_token_patterns(enc, eot)
+    patterns = added_token_patterns(enc, allow_eot)
     if patterns:
         return encode_parts(enc, text, patterns)
-    special = enc.special_tokens_set if eot else enc.special_tokens_set - {EOT}
+    special = enc.special_tokens_set if allow_eot else enc.special_tokens_set - {EOT}
     return encode_with_tiktoken(enc, text, special)
 
 
@@ -148,13 +148,13 @@ def token_flags(enc, token):
 
 
 @functools.lru_cache(maxsize=256)
-def added_token_patterns(enc, eot):
+def added_token_patterns(enc, allow_eot):
     """Regular expressions for added tokens, in the order in which Hugging Face looks for them.
 
     Empty if tiktoken finds the same tokens. Of several that start at one place it takes any,
     Hugging Face the longest; and those that are `normalized` are looked for after the others.
     """
-    tokens = enc.special_tokens_set if eot else enc.special_tokens_set - {EOT}
+    tokens = enc.special_tokens_set if allow_eot else enc.special_tokens_set - {EOT}
     groups = {False: [], True: []}
     for token in sorted(tokens, key=len, reverse=True):
         groups[token_flags(enc, token)["normalized"]].append(token)

@@ -60,7 +60,7 @@ def test_the_same_ids(request, name):
     for i in range(0, len(points), 2000):
         texts.append(" a".join(points[i : i + 2000]))
     for text in texts:
-        expected = encode(enc, text, eot=True)
+        expected = encode(enc, text, allow_eot=True)
         assert np.array_equal(fast(text), expected), text[:50]
         assert np.array_equal(fast(text.encode()), expected)
 
@@ -102,7 +102,7 @@ def test_other_ids_end_the_command(tmp_path, monkeypatch):
     enc = load_tokenizer("bytes")
 
     def wrong(text):
-        ids = encode(enc, text, eot=True).copy()
+        ids = encode(enc, text, allow_eot=True).copy()
         ids[text.find("cart")] = 0
         return ids
 

@@ -87,7 +87,7 @@ def test_a_toy_of_each_kind(clone, tmp_path):
             "toy_every = 4  # run the toy eval",
         ),
         (
-            "EVALS = (hellaswag, ewok)  # evals.py says what they need",
+            "EVALS = (hellaswag, ewok)",
             "EVALS = (hellaswag, ewok, toy)",
             True,
         ),

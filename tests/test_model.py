@@ -285,7 +285,7 @@ def test_weight_decay_is_on_matrices_only():
 def test_recomputing_changes_no_gradient(settings, dtype, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 100, n_layer=1, n_head=2, n_embd=128, **settings))
-    x = random_ids(model, 270, 64)  # large enough for kernels.checkpoint_block
+    x = random_ids(model, 270, 64)  # large enough for kernels.run_block
     checkpoint = mock.Mock(wraps=torch.utils.checkpoint.checkpoint)
     gradients = []
     for stand_in in (checkpoint, lambda function, *args, **_: function(*args)):

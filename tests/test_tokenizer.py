@@ -137,7 +137,7 @@ def test_added_tokens_that_start_alike(tokens):
     pieces = [*names, *"abcdwxyz -19çé🙂.*\n", "    ", EOT]
     for _ in range(300):
         text = "".join(random.choices(pieces, k=30))
-        ids = encode(enc, text, eot=True)
+        ids = encode(enc, text, allow_eot=True)
         assert ids.tolist() == theirs.encode(text).ids
         assert enc.decode(ids.tolist()) == text
         if tokens is not OVERLAPS:
@@ -147,7 +147,7 @@ def test_added_tokens_that_start_alike(tokens):
     state = json.loads(json.dumps(tokenizer_state(enc)))
     again = load_tokenizer(state)
     for other in (again, copy_encoding(again)):
-        assert encode(other, text, eot=True).tolist() == ids.tolist()
+        assert encode(other, text, allow_eot=True).tolist() == ids.tolist()
     flags = {token["content"]: token["special"] for token in state["added_tokens"]}
     assert flags == {EOT: True, **{token: options["special"] for token, options in tokens}}
 

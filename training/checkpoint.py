@@ -196,12 +196,7 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
         # Each source must still start with the same shards, by their names, sizes and checksums.
         old = saved["shards"]
         new = found["shards"]
-        is_same = len(new) >= len(old)
-        for old_shard, new_shard in zip(old, new, strict=False):
-            for old_value, new_value in zip(old_shard, new_shard, strict=False):
-                # A shard that has not been read or is unreadable has no checksum.
-                is_same = is_same and (old_value in (new_value, None) or new_value is None)
-        if not is_same:
+        if len(new) < len(old) or not all(map(is_same_shard, old, new)):
             raise UserError(
                 f"{folder}: not the same shards: the run in {log_dir} needs those that it has read"
             )
@@ -213,6 +208,11 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
                 f"{folder}: shards were added, which changes the order of all epochs after the "
                 "first: take them out, or start a new run with --init_from=latest"
             )
+
+
+def is_same_shard(old, new):
+    """Whether (name, size, checksum) are equal; a shard that was never read has no checksum."""
+    return all(a == b or a is None or b is None for a, b in zip(old, new, strict=False))
 
 
 def restore(log_dir, model, optimizers, scaler, saved):

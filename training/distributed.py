@@ -174,6 +174,11 @@ def all_true(flag):
     return sum_over_ranks(torch.tensor(0 if flag else 1)).item() == 0
 
 
+def any_true(flag):
+    """Whether flag is true on any rank. All ranks call it."""
+    return not all_true(not flag)
+
+
 def broadcast_int(number):
     """Rank 0's value of an int. All ranks call it."""
     return sum_over_ranks(torch.tensor(number if is_rank_0() else 0)).item()
@@ -251,8 +256,8 @@ class StopRequests:
 
     By signals: Ctrl-C, SIGTERM from a scheduler, SIGUSR1 (a warning before SIGTERM), or SIGHUP from
     a closed terminal. A second Ctrl-C ends the process at once. To add another reason to stop,
-    append to `conditions` a function that returns whether to stop; it is called on each rank,
-    several times per step.
+    append to `conditions` a function that returns whether to stop. It is called on each rank, after
+    each step and each evaluation, and every 5 seconds of waiting for data.
     """
 
     # Class attributes, since signals are sent to the process. While is_interruptible is set, by
@@ -294,8 +299,7 @@ class StopRequests:
 
     def any_rank_requested(self):
         """Whether any process has a reason to stop. All ranks call it."""
-        has_reason = any(condition() for condition in self.conditions)  # on this rank
-        return not all_true(not has_reason)
+        return any_true(any(condition() for condition in self.conditions))
 
 
 def wait_for_data(loader, n, stop, timeout_minutes):

@@ -226,7 +226,7 @@ def write_sample(context, prompt, max_new_tokens, seed, run, log):
     # The same prompt and the same seed each time, so that samples can be compared.
     enc = context.enc
     device = context.model.lm_head.weight.device
-    ids = encode(enc, prompt, eot=True).tolist() or [enc.eot_token]
+    ids = encode(enc, prompt, allow_eot=True).tolist() or [enc.eot_token]
     idx = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     new_ids = []

@@ -82,7 +82,8 @@ class LogDir:
             self.saved_state = (saved["step"], saved.get("evaluated_step"))
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # how long the last save took
-        self.records_to_replay = []  # what the dashboards have dropped and the records have not
+        # Evaluations of the resumed step, which stay in metrics.jsonl; TensorBoard drops them.
+        self.records_to_replay = []
         self._files = {}
         self._plotting = None
         if not writes:

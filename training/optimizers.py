@@ -19,7 +19,7 @@ from training.distributed import is_dtensor, shard_like
 import torch
 import torch.distributed as dist
 
-EMBEDDING_LR_SCALE = 80  # as in modded-nanogpt and nanochat
+EMBEDDING_LR_SCALE = 80  # 80 * 3.6e-3 is about the embedding's rate in nanochat, 0.3
 
 
 class AdamW(torch.optim.AdamW):
@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
         rank, world_size = rank_and_world_size()
         # With DDP each rank has all gradients, and updates its share of the matrices.
         split = self.params_by_rank()
-        owner = {p: i % world_size for i, p in enumerate(split)}  # empty with FSDP
+        owner = {p: i % world_size for i, p in enumerate(split)}  # if empty, all are this rank's
         # Matrices of one shape are orthogonalized in one batch.
         by_shape = {}  # {(m, n) with m <= n: the parameters whose matrices are (m, n) or (n, m)}
         for group in self.param_groups:
@@ -167,14 +167,14 @@ class Muon(torch.optim.Optimizer):
         # Orthogonalize them, and balance the neurons.
         X = orthogonalize(torch.cat(updates))
         X = X * normuon_scale(X, second_moments).bfloat16()
-        rms = 0.2 * X.size(2) ** 0.5  # an orthogonal X has an RMS of X.size(2) ** -0.5
+        scale = 0.2 * X.size(2) ** 0.5  # to an RMS of 0.2: an orthogonal X has X.size(2) ** -0.5
         parts = X.split([len(update) for update in updates])
         for (p, group), update in zip(same_shape, parts, strict=True):
             if is_tall(p, group):
                 update = update.mT
             # Decoupled weight decay, then the update.
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(shard_like(p, update.flatten(0, 1)), alpha=-group["lr"] * rms)
+            p.add_(shard_like(p, update.flatten(0, 1)), alpha=-group["lr"] * scale)
 
     # -- work split over ranks ----------------------------------------------------------
     def params_by_rank(self):

@@ -47,8 +47,8 @@ def rescale_schedule(s, max_steps, overrides):
     """Rescale warmup and cooldown in proportion to max_steps.
 
     The cooldown is shortened if a warmup on the command line (overrides) leaves less room. Muon's
-    weight decay scales inversely: the time in which weights forget their past, 1 / (lr *
-    weight_decay) steps, stays the same share of the run (nanochat;
+    weight decay scales inversely: weights average over about 1 / (lr * weight_decay) steps, and a
+    run half as long needs half of that, so twice the decay (nanochat;
     https://arxiv.org/abs/2405.13698). It grows to 0.2 at most, since larger values hurt short runs
     (4M parameters, 1M tokens).
     """

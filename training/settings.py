@@ -23,6 +23,7 @@ AT_LEAST_1 = (
     "val_tokens", "sample_tokens", "max_bad_steps",
 )  # fmt: skip
 SCHEDULES = ("cosine", "wsd")
+# All numbers must be at least 0, except these.
 MINIMUM = {"plot_every": -1, "resume_step": -1, **dict.fromkeys(AT_LEAST_1, 1)}
 
 
@@ -34,6 +35,7 @@ def resolve_settings(overrides, preset_settings, immutable):
     """
     name = overrides.get("preset", "auto")
     check_choice("preset", name, ("auto", *PRESETS))
+    # What no preset has (resume, log_dir, eval_only, depth) can be read from any.
     merged = {**preset_settings("gpt2"), **overrides}
     # A resumed run has its own settings.
     if merged["resume"] or merged["resume_step"] >= 0:
@@ -75,7 +77,7 @@ def plan_run(settings, overrides):
     Width 64 per block and heads of 128, as in nanochat (of 64 below a width of 256). 20 tokens per
     parameter (https://arxiv.org/abs/2203.15556) of the blocks' matrices and the output layer, the
     parameters whose scaling law is cleanest in nanochat. The batch grows with tokens^0.383
-    (https://arxiv.org/abs/2505.13738) from 524,288 tokens at depth 12. overrides come first.
+    (https://arxiv.org/abs/2505.13738) from 524,288 tokens at depth 12. overrides are kept.
     """
     folder = next(iter(parse_mixture(settings["data_dir"])))
     vocab_size = (read_meta(folder) or {}).get("vocab_size", 50257)
