@@ -621,8 +621,14 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # A shell starts background jobs with SIGINT ignored, and then Python leaves it so.
     result = subprocess.run(
-        command("sample.py"), capture_output=True, text=True, env=env, cwd=tmp_path
+        command("sample.py"),
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert result.returncode != 0 and result.stderr == ""
 
