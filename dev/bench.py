@@ -165,18 +165,18 @@ drain = partial(collections.deque, maxlen=0)  # exhausts an iterator
 def sample_ours():
     model = sample.prepare_for_sampling(new_model().to(device), dtype, device)
     idx = torch.arange(16, device=device)[None]
-    how = {"temperature": 0.8, "top_k": 200}
-    return lambda: drain(model.generate(idx, max_new_tokens, **how)), max_new_tokens
+    kwargs = {"temperature": 0.8, "top_k": 200}
+    return lambda: drain(model.generate(idx, max_new_tokens, **kwargs)), max_new_tokens
 
 
 def sample_transformers():
     model = transformers_model(pick_dtype(dtype, device)).eval()
     idx = torch.arange(16, device=model.device)[None]
-    how = {"do_sample": True, "temperature": 0.8, "top_k": 200, "max_new_tokens": max_new_tokens}
-    how |= {"pad_token_id": VOCAB - 1, "eos_token_id": None}
+    kwargs = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": VOCAB - 1}
+    kwargs |= {"max_new_tokens": max_new_tokens, "eos_token_id": None}
 
     def step():
-        out = model.generate(idx, attention_mask=torch.ones_like(idx), **how)
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), **kwargs)
         assert out.size(1) == 16 + max_new_tokens
 
     return step, max_new_tokens
@@ -188,9 +188,9 @@ def sample_llama_cpp():
     if not gguf:
         raise UserError("there is no model for it: --gguf= names one")
     llm = Llama(gguf, n_ctx=1024, n_threads=num_cpus(), verbose=False)
-    how = {"temp": 0.8, "top_k": 200, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+    kwargs = {"temp": 0.8, "top_k": 200, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
     prompt = list(range(16))
-    return lambda: drain(islice(llm.generate(prompt, **how), max_new_tokens)), max_new_tokens
+    return lambda: drain(islice(llm.generate(prompt, **kwargs), max_new_tokens)), max_new_tokens
 
 
 def sample_ctranslate2(weights):
@@ -207,11 +207,11 @@ def sample_ctranslate2(weights):
     converter = ctranslate2.converters.TransformersConverter(f"{folder}/hf")
     converter.convert(f"{folder}/model", quantization=weights, force=True)
     generator = ctranslate2.Generator(f"{folder}/model", device, intra_threads=num_cpus())
-    how = {"sampling_temperature": 0.8, "sampling_topk": 200, "include_prompt_in_result": False}
-    length = {"min_length": max_new_tokens, "max_length": max_new_tokens}
+    kwargs = {"sampling_temperature": 0.8, "sampling_topk": 200, "min_length": max_new_tokens}
+    kwargs |= {"max_length": max_new_tokens, "include_prompt_in_result": False}
 
     def step():
-        (result,) = generator.generate_batch([["!"] * 16], **how, **length)
+        (result,) = generator.generate_batch([["!"] * 16], **kwargs)
         assert len(result.sequences[0]) == max_new_tokens
 
     return step, max_new_tokens
