@@ -200,8 +200,8 @@ def verify_same_data(log_dir, saved_data, loader, num_sequences):
             raise UserError(
                 f"{folder}: not the same shards: the run in {log_dir} needs those that it has read"
             )
-        # New shards may follow, while fineweb.py is writing, but only in the first epoch: later ones
-        # shuffle all shards.
+        # New shards may follow, while fineweb.py is writing, but only in the first epoch: later
+        # epochs shuffle all shards.
         old_windows = sum(max(0, size - 1) // loader.T for _, size, *_ in old)
         if len(new) > len(old) and num_read > old_windows:
             raise UserError(
